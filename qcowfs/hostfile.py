@@ -1,0 +1,146 @@
+"""The only door to host I/O: one open file of the host, and the worker threads.
+
+Owns file descriptors, what blocks and what does not, and the host's errno. Must not know qcow2. Everything
+here is either plain and immediate or awaits a thread; nothing blocks the event loop.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import trio
+
+from qcowfs.errors import UsageError
+
+T = TypeVar("T")
+
+ReadRequest = tuple[int, memoryview]
+"""A host offset and the buffer to fill from there."""
+
+_WOULD_BLOCK = (errno.EAGAIN, errno.EOPNOTSUPP)
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a status call tells of a host file: sizes in bytes, time in nanoseconds since 1970."""
+
+    size: int
+    allocated: int
+    mtime_ns: int
+    identity: tuple[int, int]
+    regular: bool
+
+
+class HostFile(Protocol):
+    """What the engine needs of a file; `OsHostFile` and `testing.MemoryHostFile` are such."""
+
+    @property
+    def name(self) -> str:
+        """How messages call the file."""
+
+    def facts(self) -> FileFacts:
+        """Size, time and identity as of now."""
+
+    def read_cached(self, offset: int, buffer: memoryview) -> bool:
+        """Fill the buffer if that takes no waiting; whether it was filled."""
+
+    async def read_into(self, requests: Sequence[ReadRequest]) -> None:
+        """Fill every buffer; bytes past the end of the file become zeros."""
+
+    def close(self) -> None:
+        """Give the file back to the host; further calls are errors."""
+
+
+class OsHostFile:
+    """A file of the operating system, read at once from the page cache, else by a thread."""
+
+    def __init__(self, path: str | os.PathLike[str], fd: int) -> None:
+        """Take over the descriptor `fd` that was opened from `path`."""
+        self.path = Path(path)
+        self._fd = fd
+        self._nowait = hasattr(os, "RWF_NOWAIT")
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> OsHostFile:
+        """Open a regular file or block device for reading; others are refused without blocking.
+
+        Raises `OSError` as the host does and `UsageError` for a FIFO, socket or other device.
+        """
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            os.close(fd)
+            raise UsageError(f"{path}: is {_kind_of(mode)}, neither a regular file nor a block device")
+        return cls(path, fd)
+
+    @property
+    def name(self) -> str:
+        """The path that the file was opened from."""
+        return str(self.path)
+
+    @property
+    def fd(self) -> int:
+        """The descriptor, for locks."""
+        return self._fd
+
+    def facts(self) -> FileFacts:
+        """Size, time and identity as of now."""
+        status = os.fstat(self._fd)
+        regular = stat.S_ISREG(status.st_mode)
+        size = status.st_size if regular else os.lseek(self._fd, 0, os.SEEK_END)
+        return FileFacts(
+            size, status.st_blocks * 512, status.st_mtime_ns, (status.st_dev, status.st_ino), regular
+        )
+
+    async def read_into(self, requests: Sequence[ReadRequest]) -> None:
+        """Fill every buffer: inline where the page cache has it all, the rest in one thread.
+
+        Raises `OSError` as the host does. Bytes past the end of the file become zeros.
+        """
+        waiting = [r for r in requests if not self.read_cached(*r)]
+        if waiting:
+            await run_in_thread(self._read_blocking, waiting)
+
+    def read_cached(self, offset: int, buffer: memoryview) -> bool:
+        """Fill the buffer from the page cache; False if it does not hold all of it."""
+        if not self._nowait:
+            return False
+        try:
+            return os.preadv(self._fd, (buffer,), offset, os.RWF_NOWAIT) == len(buffer)
+        except OSError as error:
+            if error.errno not in _WOULD_BLOCK:
+                raise
+            self._nowait = error.errno == errno.EAGAIN
+            return False
+
+    def _read_blocking(self, requests: Sequence[ReadRequest]) -> None:
+        for offset, buffer in requests:
+            done = 0
+            while done < len(buffer):
+                got = os.preadv(self._fd, (buffer[done:],), offset + done)
+                if not got:
+                    buffer[done:] = bytes(len(buffer) - done)
+                    break
+                done += got
+
+    def close(self) -> None:
+        """Give the descriptor back; locks on it end with it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+async def run_in_thread(function: Callable[..., T], *args: object) -> T:
+    """Run a blocking or long-computing function in a worker thread."""
+    return await trio.to_thread.run_sync(function, *args)
+
+
+def _kind_of(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a character device")

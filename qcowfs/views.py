@@ -1,0 +1,199 @@
+"""A view: the active disk or one snapshot of an image, read as a raw disk.
+
+Owns how extents become bytes: data file, zeros, inflated clusters, the backing file, and what happens to
+damage. Must not know headers, locks or how anything was opened.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from qcowfs.backing import GuestReader
+from qcowfs.errors import CorruptImage
+from qcowfs.geometry import Geometry
+from qcowfs.hostfile import HostFile, ReadRequest
+from qcowfs.inflate import InflatedClusters
+from qcowfs.mapping import COMPRESSED_KIND, DATA, LOST, UNALLOCATED, ZERO_KIND, Extent, Mapping
+from qcowfs.usage import Usage
+
+log = logging.getLogger(__name__)
+
+_ZEROS = memoryview(bytes(1 << 20))
+_MOST_REPORTS = 10_000
+
+Inflating = list[tuple[Extent, memoryview]]
+
+
+class Damage:
+    """What is done about lost data: one log line for each place, then an error or zeros."""
+
+    def __init__(self, label: str, *, as_zeros: bool) -> None:
+        """Report damage of the image that messages call `label`."""
+        self._label = label
+        self._as_zeros = as_zeros
+        self._reported: set[tuple[int, str]] = set()
+
+    def handle(self, extent: Extent, buffer: memoryview) -> None:
+        """Raise `CorruptImage`, or fill the buffer with zeros where the user asked for that."""
+        text = (
+            f"{self._label}: guest offset {extent.guest_offset:#x}, host offset "
+            f"{extent.host_offset:#x}: {extent.damage}"
+        )
+        place = (extent.host_offset, extent.damage)
+        if place not in self._reported and len(self._reported) < _MOST_REPORTS:
+            self._reported.add(place)
+            log.error("%s; %s", text, "reads as zeros" if self._as_zeros else "reads fail")
+        if not self._as_zeros:
+            raise CorruptImage(text)
+        fill_zeros(buffer)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the bytes of an image's views come from."""
+
+    geometry: Geometry
+    data_file: HostFile
+    inflated: InflatedClusters
+    backing: GuestReader | None
+    damage: Damage
+
+
+class ImageView:
+    """One raw disk: a mapping, a size in bytes and the sources that it shares with other views."""
+
+    def __init__(self, mapping: Mapping, usage: Usage, size: int, label: str, sources: Sources) -> None:
+        """Read `size` bytes through `mapping`."""
+        self._usage = usage
+        self.mapping = mapping
+        self.size = size
+        self.label = label
+        self._sources = sources
+        self._data_end = sources.data_file.facts().size
+        self._read_cached = sources.data_file.read_cached
+
+    def read_now(self, guest: int, buffer: memoryview) -> memoryview | None:
+        """The guest's bytes from `guest` on, if they are one run that can be had without waiting.
+
+        They are in the buffer or, for zeros, in a shared read-only one; None means `read_into` has to
+        do it. The range must lie within the view's size.
+        """
+        length = len(buffer)
+        host = self.mapping.translate(guest, length)
+        if host is None:
+            extents = self.mapping.get_extents(guest, length)
+            if extents is None or len(extents) != 1:
+                return None
+            kind, host = extents[0].kind, extents[0].host_offset
+            if kind is ZERO_KIND or (kind is UNALLOCATED and self._sources.backing is None):
+                return _ZEROS[:length] if length <= len(_ZEROS) else None
+            if kind is not DATA:
+                return None
+        cached = host + length <= self._data_end and self._read_cached(host, buffer)
+        return buffer if cached else None
+
+    async def read_into(self, guest: int, buffer: memoryview) -> None:
+        """Fill the buffer with the guest's bytes from `guest` on; zeros beyond the view's size.
+
+        Raises `CorruptImage` for damage, naming image, guest and host offset and the rule, and
+        `OSError` as the host does.
+        """
+        within = max(0, min(len(buffer), self.size - guest))
+        if within < len(buffer):
+            fill_zeros(buffer[within:])
+            buffer = buffer[:within]
+        requests: list[ReadRequest] = []
+        inflating: Inflating = []
+        for extent in await self.mapping.resolve(guest, within):
+            start = extent.guest_offset - guest
+            part = buffer[start : start + extent.length]
+            kind = extent.kind
+            if kind is DATA:
+                self._plan_data(extent, part, requests)
+            elif kind is COMPRESSED_KIND:
+                self._plan_inflating(extent, part, inflating)
+            elif kind is LOST:
+                self._sources.damage.handle(extent, part)
+            elif kind is UNALLOCATED and self._sources.backing is not None:
+                await self._sources.backing.read_into(extent.guest_offset, part)
+            else:
+                fill_zeros(part)
+        if requests:
+            await self._sources.data_file.read_into(requests)
+        if inflating:
+            await self._inflate(inflating)
+
+    def _plan_data(self, extent: Extent, part: memoryview, requests: list[ReadRequest]) -> None:
+        """Add the request for an extent; what lies in clusters wholly past the end is damage."""
+        host, length = extent.host_offset, extent.length
+        if host + length > self._data_end:
+            self._data_end = self._sources.data_file.facts().size
+            whole = max(0, self._sources.geometry.cluster_round_up(self._data_end) - host)
+            if whole < length:
+                lost = _lost_from(extent, whole, self._data_end)
+                self._sources.damage.handle(lost, part[whole:])
+                part = part[:whole]
+        if len(part):
+            requests.append((host, part))
+
+    def _plan_inflating(self, extent: Extent, part: memoryview, inflating: Inflating) -> None:
+        """Add a cluster to inflate; of its stored bytes only those that the file holds count."""
+        if extent.host_offset + extent.stored > self._data_end:
+            self._data_end = self._sources.data_file.facts().size
+            held = self._data_end - extent.host_offset
+            if held <= 0:
+                self._sources.damage.handle(_lost_from(extent, 0, self._data_end), part)
+                return
+            extent = extent._replace(stored=min(extent.stored, held))
+        inflating.append((extent, part))
+
+    async def _inflate(self, inflating: Inflating) -> None:
+        wanted = [(extent.host_offset, extent.stored) for extent, _ in inflating]
+        clusters = await self._sources.inflated.get(wanted)
+        for extent, part in inflating:
+            cluster = clusters[extent.host_offset, extent.stored]
+            if isinstance(cluster, CorruptImage):
+                self._sources.damage.handle(extent._replace(damage=str(cluster)), part)
+            else:
+                start = self._sources.geometry.in_cluster(extent.guest_offset)
+                part[:] = memoryview(cluster)[start : start + len(part)]
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes of a cluster, the unit in which the disk takes space."""
+        return self._sources.geometry.cluster_size
+
+    @property
+    def counts_quickly(self) -> bool:
+        """Whether `allocated_bytes` takes no longer than a user would wait for a status call."""
+        return self._usage.is_small
+
+    async def allocated_bytes(self) -> int:
+        """How many bytes of the disk take space: this image's clusters, and the chain's at most."""
+        own = await self._usage.allocated_bytes()
+        backing = self._sources.backing
+        if backing is None:
+            return own
+        below = min(await backing.allocated_bytes(), self.size, backing.size)
+        return min(self.size, own + below)
+
+    def close(self) -> None:
+        """Nothing: the image that made the view owns its files."""
+
+
+def fill_zeros(buffer: memoryview) -> None:
+    """Overwrite the whole buffer with zeros."""
+    for start in range(0, len(buffer), len(_ZEROS)):
+        part = buffer[start : start + len(_ZEROS)]
+        part[:] = _ZEROS[: len(part)]
+
+
+def _lost_from(extent: Extent, start: int, end: int) -> Extent:
+    return extent._replace(
+        kind=LOST,
+        guest_offset=extent.guest_offset + start,
+        host_offset=extent.host_offset + start,
+        length=extent.length - start,
+        damage=f"the cluster lies past the end of the file ({end} bytes)",
+    )
