@@ -1,0 +1,69 @@
+"""The command `qcowfs`: picks the command, and turns errors into one line and an exit code.
+
+Owns the list of commands. Must not know what a command does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from qcowfs import __version__
+from qcowfs.cli.exits import EXIT_USAGE, guarded
+from qcowfs.cli.mount_helper import mount_command
+from qcowfs.cli.mount_words import expand
+
+COMMANDS = {
+    "mount": "show an image's live disk and snapshots as raw files",
+    "umount": "end a mount and free its image",
+    "info": "tell what an image is and holds",
+}
+
+EPILOG = """exit codes: 0 done, 1 the host failed (file, disk), 2 wrong usage or not a qcow2 image,
+3 the image needs a feature that is not supported, 4 the image is damaged, 5 the image is in use,
+6 a backing or data file is missing or refused, 7 mounting or unmounting failed, 130 interrupted"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    return guarded(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(words: list[str]) -> int:
+    if len(words) >= 2 and words[0] not in COMMANDS and not words[0].startswith("-"):
+        words = mount_command(words)  # mount.fuse3 calls `qcowfs IMAGE DIR -o OPTIONS`
+    if words[:1] == ["mount"]:
+        words = expand(words)
+    parser, chosen = _parser(words)
+    args = parser.parse_args(words)
+    if chosen is None:
+        parser.print_help()
+        return EXIT_USAGE
+    code: int = importlib.import_module(f"qcowfs.cli.{chosen}").run(args)
+    return code
+
+
+def mount_main() -> int:
+    """The command `mount.qcowfs`, which mount(8) calls."""
+    return main(mount_command(sys.argv[1:]))
+
+
+def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, str | None]:
+    """The parser, with arguments only for the command that is asked for, and that command."""
+    parser = argparse.ArgumentParser(
+        prog="qcowfs",
+        description="Open a qcow2 disk image as raw files, without a virtual machine.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"qcowfs {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND")
+    chosen = next((w for w in words if not w.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        if name == chosen:
+            importlib.import_module(f"qcowfs.cli.{name}").add_arguments(command)
+    return parser, chosen if chosen in COMMANDS else None

@@ -1,0 +1,230 @@
+"""The FUSE request handlers: decode, ask the tree or a view, encode.
+
+Owns attributes, handles and read buffers. Must not know the qcow2 format or how the session lives.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from itertools import count
+
+import pyfuse3
+
+from qcowfs.daemon.refusals import Refusals
+from qcowfs.daemon.replies import answers
+from qcowfs.daemon.tree import DiskFile, Folder, Node, Tree
+
+EXACT_TIMEOUT = 3600.0
+GUESS_TIMEOUT = 0.0
+MAX_READ = 1 << 20
+_SPARE_BUFFERS = 16
+_XATTR_PREFIX = b"user.qcowfs."
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Who owns the files, and their permission bits; folders get x wherever files get r."""
+
+    uid: int
+    gid: int
+    mode: int = 0o400
+
+    @property
+    def folder_mode(self) -> int:
+        """Permission bits of folders."""
+        return self.mode | (self.mode & 0o444) >> 2
+
+
+class Buffers:
+    """Spare buffers for replies, since a fresh one costs its zeroing and page faults.
+
+    A buffer may be given back just before its handler returns: the reply is sent before any other task
+    runs.
+    """
+
+    def __init__(self) -> None:
+        """Start without spares."""
+        self._spare: list[bytearray] = []
+
+    def take(self) -> bytearray:
+        """A buffer of `MAX_READ` bytes with arbitrary content."""
+        return self._spare.pop() if self._spare else bytearray(MAX_READ)
+
+    def give_back(self, buffer: bytearray) -> None:
+        """Keep the buffer for the next reader."""
+        if len(self._spare) < _SPARE_BUFFERS:
+            self._spare.append(buffer)
+
+
+class Operations(Refusals):
+    """The handlers of one mount."""
+
+    supports_dot_lookup = False
+
+    def __init__(self, tree: Tree, ownership: Ownership, facts: dict[bytes, bytes]) -> None:
+        """Serve `tree`; `facts` are extra extended attributes of the root, without their prefix."""
+        super().__init__()
+        self._tree = tree
+        self._ownership = ownership
+        self._facts = facts
+        self._handles: dict[int, DiskFile] = {}
+        self._next_handle = count(1)
+        self._buffers = Buffers()
+        self._cluster_size = tree.disk.view.cluster_size
+
+    # -- names and attributes
+
+    @answers
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        """Find a name in a folder."""
+        node = self._folder(parent_inode).entries.get(name)
+        if node is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        await self._count_if_quick(node)
+        return self._attributes(node)
+
+    @answers
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        """Status of a node."""
+        node = self._node(inode)
+        await self._count_if_quick(node)
+        return self._attributes(node)
+
+    def _node(self, inode: int) -> Node:
+        node = self._tree.get(inode)
+        if node is None:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return node
+
+    def _folder(self, inode: int) -> Folder:
+        node = self._node(inode)
+        if not isinstance(node, Folder):
+            raise pyfuse3.FUSEError(errno.ENOTDIR)
+        return node
+
+    async def _count_if_quick(self, node: Node) -> None:
+        if isinstance(node, DiskFile) and node.allocated is None and node.view.counts_quickly:
+            node.allocated = await node.view.allocated_bytes()
+
+    def _attributes(self, node: Node) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = node.inode
+        entry.st_uid, entry.st_gid = self._ownership.uid, self._ownership.gid
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = node.mtime_ns
+        entry.st_blksize = self._cluster_size
+        entry.attr_timeout = entry.entry_timeout = EXACT_TIMEOUT
+        if isinstance(node, Folder):
+            entry.st_mode = stat.S_IFDIR | self._ownership.folder_mode
+            entry.st_nlink = 2
+            return entry
+        entry.st_mode = stat.S_IFREG | self._ownership.mode & 0o777
+        entry.st_nlink = 1
+        entry.st_size = node.view.size
+        allocated = node.view.size if node.allocated is None else node.allocated
+        entry.st_blocks = -(-allocated // 512)
+        if node.allocated is None:
+            entry.attr_timeout = GUESS_TIMEOUT
+        return entry
+
+    @answers
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """Sizes in clusters: the live disk is the file system's extent."""
+        facts = pyfuse3.StatvfsData()
+        facts.f_bsize = facts.f_frsize = self._cluster_size
+        facts.f_blocks = -(-self._tree.disk.view.size // self._cluster_size)
+        facts.f_files = len(self._tree)
+        facts.f_namemax = 255
+        return facts
+
+    @answers
+    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
+        """Never asked: the kernel checks permissions itself (default_permissions)."""
+        return True
+
+    @answers
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        """An extended attribute of the root (image, pid) or of a snapshot (id, name)."""
+        value = self._xattrs(self._node(inode)).get(name)
+        if value is None:
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        return value
+
+    @answers
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        """The names of a node's extended attributes."""
+        return list(self._xattrs(self._node(inode)))
+
+    def _xattrs(self, node: Node) -> dict[bytes, bytes]:
+        facts: dict[bytes, bytes] = {}
+        if node is self._tree.root:
+            facts = self._facts
+        elif isinstance(node, DiskFile) and node.snapshot is not None:
+            facts = {b"id": node.snapshot.id, b"name": node.snapshot.name}
+        return {_XATTR_PREFIX + name: value for name, value in facts.items()}
+
+    # -- folders
+
+    @answers
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        """Open a folder; its inode serves as handle."""
+        return self._folder(inode).inode
+
+    @answers
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """List a folder from the entry whose place is `start_id`."""
+        entries = list(self._folder(fh).entries.items())
+        for place, (name, node) in enumerate(entries[start_id:], start_id + 1):
+            if not pyfuse3.readdir_reply(token, name, self._attributes(node), place):
+                break
+
+    # -- reading
+
+    @answers
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        """Open a disk for reading; the kernel keeps what it has cached."""
+        node = self._node(inode)
+        if not isinstance(node, DiskFile):
+            raise pyfuse3.FUSEError(errno.EISDIR)
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        handle = next(self._next_handle)
+        self._handles[handle] = node
+        return pyfuse3.FileInfo(fh=handle, keep_cache=True)
+
+    @answers
+    async def read(  # type: ignore[override]  # any buffer will do, whatever the stub says
+        self, fh: int, off: int, size: int
+    ) -> memoryview | bytes:
+        """Read guest bytes; short only at the end of the disk."""
+        view = self._handles[fh].view
+        length = min(size, view.size - off, MAX_READ)
+        if length <= 0:
+            return b""
+        buffer = self._buffers.take()
+        part = memoryview(buffer)[:length]
+        try:
+            reply = view.read_now(off, part)
+            if reply is None:
+                await view.read_into(off, part)
+                reply = part
+        finally:
+            self._buffers.give_back(buffer)
+        return reply
+
+    @answers
+    async def flush(self, fh: int) -> None:
+        """Closing a descriptor: nothing is held back for a reader."""
+
+    @answers
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """Nothing was written."""
+
+    @answers
+    async def release(self, fh: int) -> None:
+        """Forget an open file."""
+        self._handles.pop(fh, None)

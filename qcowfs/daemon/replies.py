@@ -1,0 +1,59 @@
+"""How an exception is answered: the one table from errors to errno.
+
+Owns that table and the decorator that applies it to every request handler. Must not know what a request does.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import pyfuse3
+
+from qcowfs import errors
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+ERRNO_OF: dict[type[errors.QcowError], int] = {
+    errors.ReadOnlyError: errno.EROFS,
+    errors.UsageError: errno.EINVAL,
+    errors.UnsupportedFeature: errno.EOPNOTSUPP,
+    errors.CorruptImage: errno.EIO,
+    errors.ImageInUse: errno.EBUSY,
+    errors.BadPassphrase: errno.EACCES,
+    errors.BackingFileError: errno.EIO,
+}
+
+
+def errno_of(error: Exception) -> int:
+    """The errno that a caller gets: the host's own, the table's, else EIO."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    return next((ERRNO_OF[c] for c in type(error).__mro__ if c in ERRNO_OF), errno.EIO)
+
+
+def answers(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Turn whatever a handler raises into an errno; what nobody foresaw is logged, the mount lives on."""
+
+    @wraps(handler)
+    async def answering(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await handler(*args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except errors.CorruptImage as error:  # logged where it was found
+            raise pyfuse3.FUSEError(errno_of(error)) from None
+        except (errors.QcowError, OSError) as error:
+            log.error("%s: %s", handler.__name__, error)  # noqa: TRY400 - one line, no traceback
+            raise pyfuse3.FUSEError(errno_of(error)) from None
+        except Exception:
+            log.exception("%s failed in a way nobody foresaw; answered with EIO", handler.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return answering
