@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcowfs.errors import ImageInUse
+from qcowfs.text import printable
 
 CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE = 0, 1, 2, 3
 PERMISSION_NAMES = {
@@ -125,6 +126,6 @@ def _covers(line: str, byte: int) -> bool:
 
 def _program_of(process: Path) -> str:
     try:
-        return (process / "comm").read_text().strip()
+        return printable((process / "comm").read_bytes().strip())
     except OSError:
         return "unknown program"

@@ -131,7 +131,7 @@ class ImageView:
             self._data_end = self._sources.data_file.facts().size
             whole = max(0, self._sources.geometry.cluster_round_up(self._data_end) - host)
             if whole < length:
-                lost = _lost_from(extent, whole, self._data_end)
+                lost = _lost_from(extent, whole, self._data_end, self._sources.geometry)
                 self._sources.damage.handle(lost, part[whole:])
                 part = part[:whole]
         if len(part):
@@ -143,7 +143,8 @@ class ImageView:
             self._data_end = self._sources.data_file.facts().size
             held = self._data_end - extent.host_offset
             if held <= 0:
-                self._sources.damage.handle(_lost_from(extent, 0, self._data_end), part)
+                lost = _lost_from(extent, 0, self._data_end, self._sources.geometry)
+                self._sources.damage.handle(lost, part)
                 return
             extent = extent._replace(stored=min(extent.stored, held))
         inflating.append((extent, part))
@@ -189,11 +190,13 @@ def fill_zeros(buffer: memoryview) -> None:
         part[:] = _ZEROS[: len(part)]
 
 
-def _lost_from(extent: Extent, start: int, end: int) -> Extent:
+def _lost_from(extent: Extent, start: int, end: int, geometry: Geometry) -> Extent:
+    """What of an extent lies past the end of the file, told by the cluster that it begins in."""
+    within = geometry.in_cluster(extent.guest_offset + start)
     return extent._replace(
         kind=LOST,
-        guest_offset=extent.guest_offset + start,
-        host_offset=extent.host_offset + start,
+        guest_offset=extent.guest_offset + start - within,
+        host_offset=extent.host_offset + start - within * (extent.kind is DATA),
         length=extent.length - start,
         damage=f"the cluster lies past the end of the file ({end} bytes)",
     )

@@ -16,7 +16,8 @@ import pyfuse3
 import trio
 
 MAX_IN_A_ROW = 32
-_POLLS = 3
+_POLLS = 12
+"""Looks before the scheduler is asked: some microseconds, about as long as a reader takes to come back."""
 
 
 class _Done:

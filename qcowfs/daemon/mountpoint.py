@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qcowfs.errors import MountError, UsageError
+from qcowfs.text import printable
 
 FS_TYPE = "fuse.qcowfs"
 PID_ATTRIBUTE = "user.qcowfs.pid"
@@ -106,7 +107,7 @@ def unmount(mount_point: Path, *, lazy: bool = False) -> None:
         _run_unmount(mount_point, lazy=lazy)
     except MountError as error:
         users = ", ".join(_users(mount_point))
-        raise MountError(f"{error}; in use by {users}" if users else str(error)) from None
+        raise MountError(f"{str(error).rstrip('.')}; in use by {users}" if users else str(error)) from None
     if daemon is not None:
         _wait_for_end(daemon)
 
@@ -144,7 +145,8 @@ def _users(mount_point: Path) -> Iterator[str]:
             yield f"/dev/{device.parent.parent.name}"
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and _uses(process, where):
-            yield f"pid {process.name} ({(process / 'comm').read_text().strip()})"
+            program = printable((process / "comm").read_bytes().strip())
+            yield f"pid {process.name} ({program})"
 
 
 def _uses(process: Path, where: str) -> bool:
