@@ -136,6 +136,11 @@ class RawBacking:
         self._file.close()
 
 
+def open_for_writing(path: Path) -> HostFile:
+    """The default way to open an image that is written to."""
+    return OsHostFile.open(path, writable=True)
+
+
 def open_for_reading(path: Path) -> HostFile:
     """The default way to open a file below an image."""
     return OsHostFile.open(path)

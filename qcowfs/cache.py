@@ -1,17 +1,19 @@
-"""The cache of metadata tables: slices of L1 and L2 tables, loaded on demand.
+"""The write-back cache of metadata tables: slices of L1, L2 and refcount tables, loaded on demand.
 
-Owns how slices are read and that each is loaded once. Must not know what the words of a slice mean. A slice
-is an `array('Q')` of host-order words; its key is its host offset.
+Owns how slices are read and written, that each is loaded once, and which ones are dirty. Must not know what
+the entries of a slice mean, nor when it may be written: that is `flush`. A slice is an `array` of host-order
+integers; its key is its host offset.
 """
 
 from __future__ import annotations
 
-import sys
 from array import array
+from dataclasses import dataclass
 
 import trio
 
 from qcowfs.errors import CorruptImage
+from qcowfs.format.words import Words
 from qcowfs.geometry import Geometry
 from qcowfs.hostfile import HostFile
 from qcowfs.lru import BoundedStore
@@ -26,19 +28,38 @@ LEAST_SLICES = 16
 SliceStore = BoundedStore[tuple[int, int], "array[int]"]
 
 
-class TableCache:
-    """Slices of big-endian 64-bit tables of one host file, kept in a store that others may share."""
+@dataclass(frozen=True)
+class Batch:
+    """Dirty slices as they were at one moment: host offset and bytes, ready to be written."""
 
-    def __init__(self, file: HostFile, geometry: Geometry, store: SliceStore) -> None:
-        """Keep slices of `file` in `store`."""
+    slices: dict[int, bytes]
+
+    def __bool__(self) -> bool:
+        return bool(self.slices)
+
+
+class TableCache:
+    """Slices of the tables of one kind in one host file, kept in a store that others may share."""
+
+    def __init__(self, file: HostFile, geometry: Geometry, store: SliceStore, words: Words) -> None:
+        """Keep slices of `file` in `store`; `words` packs and unpacks their entries."""
         self._file = file
         self._geometry = geometry
         self._store = store
+        self._words = words
         self._loading: dict[int, trio.Event] = {}
+        self._dirty: dict[int, array[int]] = {}
+        self._written: dict[int, array[int]] = {}
+        self._fresh: set[int] = set()
 
     def get(self, offset: int) -> array[int] | None:
         """The slice at host offset `offset` if it is in memory."""
-        return self._store.get((id(self), offset))
+        found = self._store.get((id(self), offset))
+        if found is None and (self._dirty or self._written):
+            found = self._dirty.get(offset)
+            if found is None:
+                found = self._written.get(offset)
+        return found
 
     async def load(self, offset: int) -> array[int]:
         """The slice at host offset `offset`, read from the host file unless it is in memory.
@@ -54,8 +75,7 @@ class TableCache:
         self._loading[offset] = trio.Event()
         try:
             found = await self._read(offset)
-            cost = self._geometry.slice_size + _SLICE_OVERHEAD
-            self._store.put((id(self), offset), found, cost)
+            self._keep(offset, found)
         finally:
             self._loading.pop(offset).set()
         return found
@@ -66,7 +86,73 @@ class TableCache:
             raise CorruptImage(f"the table lies past the end of the file ({size} bytes)")
         data = bytearray(self._geometry.slice_size)
         await self._file.read_into([(offset, memoryview(data))])
-        words = array("Q", bytes(data))
-        if sys.byteorder == "little":
-            words.byteswap()
+        return self._words.unpack(bytes(data))
+
+    def _keep(self, offset: int, words: array[int]) -> None:
+        cost = self._geometry.slice_size + _SLICE_OVERHEAD
+        self._store.put((id(self), offset), words, cost)
+
+    # -- the writer's side
+
+    def put_zeros(self, offset: int) -> array[int]:
+        """A dirty slice of zeros at `offset`, to which nothing on disk refers yet."""
+        self._fresh.add(offset)
+        words = self._words.unpack(bytes(self._geometry.slice_size))
+        self._keep(offset, words)
+        self._dirty[offset] = words
         return words
+
+    def mark_dirty(self, offset: int, words: array[int]) -> None:
+        """Note that the slice differs from the host file; it stays in memory until it is written."""
+        self._dirty[offset] = words
+
+    @property
+    def dirty_bytes(self) -> int:
+        """Memory that dirty slices take."""
+        return len(self._dirty) * (self._geometry.slice_size + _SLICE_OVERHEAD)
+
+    def take_dirty(self) -> Batch:
+        """All dirty slices as of now; they count as clean unless they are given back."""
+        batch = Batch({offset: self._words.pack(words) for offset, words in self._dirty.items()})
+        self._written.update(self._dirty)
+        self._dirty = {}
+        return batch
+
+    def split(self, batch: Batch) -> tuple[Batch, Batch]:
+        """The slices of a batch to which nothing on disk refers, which may be written early; the others."""
+        early = {offset: data for offset, data in batch.slices.items() if offset in self._fresh}
+        late = {offset: data for offset, data in batch.slices.items() if offset not in self._fresh}
+        return Batch(early), Batch(late)
+
+    async def write(self, batch: Batch) -> None:
+        """Write a batch, neighbours together. Raises `OSError` as the host does."""
+        runs: list[tuple[int, bytearray]] = []
+        for offset in sorted(batch.slices):
+            if runs and runs[-1][0] + len(runs[-1][1]) == offset:
+                runs[-1][1].extend(batch.slices[offset])
+            else:
+                runs.append((offset, bytearray(batch.slices[offset])))
+        await self._file.write_from(runs)
+
+    def mark_referenced(self, batch: Batch) -> None:
+        """Note that something on disk may refer to the slices of a batch from now on."""
+        self._fresh.difference_update(batch.slices)
+
+    def settle(self, batch: Batch) -> None:
+        """Note that a batch is on disk."""
+        for offset in batch.slices:
+            self._written.pop(offset, None)
+
+    def give_back(self, batch: Batch) -> None:
+        """Mark the slices of a batch that may not have reached the disk as dirty again."""
+        for offset in batch.slices:
+            words = self._written.pop(offset, None)
+            if words is not None:
+                self._dirty.setdefault(offset, words)
+
+    def forget(self, offset: int) -> None:
+        """Drop a slice whose cluster was freed; what it held is never written."""
+        self._fresh.discard(offset)
+        self._dirty.pop(offset, None)
+        self._written.pop(offset, None)
+        self._store.drop((id(self), offset))

@@ -31,6 +31,10 @@ class CorruptImage(QcowError):
     """The image breaks a rule of the format; names image, offsets and the rule."""
 
 
+class MetadataOverlap(CorruptImage):
+    """A write was refused since it would have landed on metadata."""
+
+
 class ImageInUse(QcowError):
     """Another process holds the image in a way that excludes this use; names the holder if known."""
 

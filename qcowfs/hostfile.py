@@ -7,8 +7,10 @@ here is either plain and immediate or awaits a thread; nothing blocks the event 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import stat
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,15 @@ T = TypeVar("T")
 
 ReadRequest = tuple[int, memoryview]
 """A host offset and the buffer to fill from there."""
+WriteRequest = tuple[int, bytes | bytearray | memoryview]
+"""A host offset and the bytes to write there."""
 
+SLOW_WRITE = 0.05
+SLOW_WRITE_PAUSE = 0.25
+"""Seconds: a write slower than the first makes all others avoid the event loop for the second."""
+QUICK_SYNC = 0.001
+LITTLE = 1 << 18
+"""Seconds and bytes: a sync is taken to be quick after one that was, with no more than this to write."""
 _WOULD_BLOCK = (errno.EAGAIN, errno.EOPNOTSUPP)
 
 
@@ -53,6 +63,15 @@ class HostFile(Protocol):
     async def read_into(self, requests: Sequence[ReadRequest]) -> None:
         """Fill every buffer; bytes past the end of the file become zeros."""
 
+    def write_now(self, offset: int, data: bytes | memoryview) -> bool:
+        """Write the whole buffer if that takes no waiting; whether it was written."""
+
+    async def write_from(self, requests: Sequence[WriteRequest]) -> None:
+        """Write every buffer whole, in order; the file grows as needed."""
+
+    async def sync(self) -> None:
+        """Return when everything written so far is on disk."""
+
     def close(self) -> None:
         """Give the file back to the host; further calls are errors."""
 
@@ -64,15 +83,19 @@ class OsHostFile:
         """Take over the descriptor `fd` that was opened from `path`."""
         self.path = Path(path)
         self._fd = fd
+        self._inline_writes_after = 0.0
+        self._unsynced = 0
+        self._last_sync = math.inf
         self._nowait = hasattr(os, "RWF_NOWAIT")
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> OsHostFile:
-        """Open a regular file or block device for reading; others are refused without blocking.
+    def open(cls, path: str | os.PathLike[str], *, writable: bool = False) -> OsHostFile:
+        """Open a regular file or block device; others are refused without blocking.
 
         Raises `OSError` as the host does and `UsageError` for a FIFO, socket or other device.
         """
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        access = os.O_RDWR if writable else os.O_RDONLY
+        fd = os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK)
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             os.close(fd)
@@ -128,6 +151,54 @@ class OsHostFile:
                     buffer[done:] = bytes(len(buffer) - done)
                     break
                 done += got
+
+    def write_now(self, offset: int, data: bytes | memoryview) -> bool:
+        """Write into the page cache, unless the host holds writers back: see `write_from`."""
+        start = time.monotonic()
+        if start < self._inline_writes_after:
+            return False
+        self._write_blocking([(offset, data)])
+        self._note_duration(start)
+        return True
+
+    async def write_from(self, requests: Sequence[WriteRequest]) -> None:
+        """Write every buffer whole: inline, since the page cache takes it, or in a thread.
+
+        The thread is for a host that holds writers back: one slow write sends the next ones there.
+        Raises `OSError` as the host does.
+        """
+        start = time.monotonic()
+        if start < self._inline_writes_after:
+            await run_in_thread(self._write_blocking, requests)
+            return
+        self._write_blocking(requests)
+        self._note_duration(start)
+
+    def _note_duration(self, start: float) -> None:
+        end = time.monotonic()
+        if end - start > SLOW_WRITE:
+            self._inline_writes_after = end + SLOW_WRITE_PAUSE
+
+    def _write_blocking(self, requests: Sequence[WriteRequest]) -> None:
+        for offset, data in requests:
+            self._unsynced += len(data)
+            done = os.pwrite(self._fd, data, offset)
+            while done < len(data):
+                done += os.pwrite(self._fd, memoryview(data)[done:], offset + done)
+
+    async def sync(self) -> None:
+        """Return when everything written so far is on disk. Raises `OSError` as the host does.
+
+        Where the last sync was quick and little was written since, a thread would cost more than it.
+        """
+        quick = self._last_sync < QUICK_SYNC and self._unsynced <= LITTLE
+        self._unsynced = 0
+        start = time.monotonic()
+        if quick:
+            os.fdatasync(self._fd)
+        else:
+            await run_in_thread(os.fdatasync, self._fd)
+        self._last_sync = time.monotonic() - start
 
     def close(self) -> None:
         """Give the descriptor back; locks on it end with it."""

@@ -6,6 +6,7 @@ command line.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from qcowfs.backing import (
     OpenHost,
     RawBacking,
     open_for_reading,
+    open_for_writing,
     probe_format,
 )
 from qcowfs.cache import SliceStore, TableCache
@@ -29,9 +31,11 @@ from qcowfs.errors import BackingFileError, CorruptImage, QcowError, Unsupported
 from qcowfs.format.extensions import DATA_FILE_NAME
 from qcowfs.format.header import V2_LENGTH, Header
 from qcowfs.format.snapshot_table import Snapshot
+from qcowfs.format.words import TABLE_WORDS
 from qcowfs.geometry import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, Geometry
 from qcowfs.hostfile import HostFile, OsHostFile
 from qcowfs.inflate import InflatedClusters, InflatedStore
+from qcowfs.live import DiskWriter, Parts, make_writer
 from qcowfs.mapping import Mapping
 from qcowfs.snapshots import load_snapshots
 from qcowfs.text import printable, quoted
@@ -50,7 +54,8 @@ class OpenOptions:
 
     `data_file` is the path that the user permits as external data file. `lost_data_as_zeros` makes
     damage read as zeros. `force_share` reads beside a writer. `table_cache` bounds the metadata tables
-    in memory over the whole chain, `inflated_cache` the inflated clusters.
+    in memory over the whole chain, `inflated_cache` the inflated clusters. A `writable` image takes
+    the locks of a writer; what lies below it is only read.
     """
 
     backing: BackingPolicy = field(default_factory=BackingPolicy)
@@ -60,6 +65,8 @@ class OpenOptions:
     table_cache: int = cache.DEFAULT_CACHE_BYTES
     inflated_cache: int = inflate.DEFAULT_CACHE_BYTES
     open_host: OpenHost = open_for_reading
+    writable: bool = False
+    open_writable: OpenHost = open_for_writing
 
 
 @dataclass
@@ -84,7 +91,10 @@ class Image:
         self.snapshots: list[Snapshot] = []
         self.backing: GuestReader | None = None
         self.data_file = file
-        self._tables: TableCache
+        self._l1_tables: TableCache
+        self._l2_tables: TableCache
+        self._slices: SliceStore
+        self.writer: DiskWriter | None = None
         self._sources: Sources
         self.active: ImageView
 
@@ -99,7 +109,14 @@ class Image:
         slices = SliceStore(options.table_cache, cache.LEAST_SLICES)
         chain = _Chain(options, slices, InflatedStore(options.inflated_cache))
         label = printable(os.fsencode(path))
-        return await _open_file(options.open_host(path), path, label, chain, options.data_file)
+        image = await _open_file(_open_top(path, label, options), label, chain, top=True)
+        if options.writable:
+            try:
+                image.writer = await make_writer(image.parts())
+            except BaseException:
+                image.close()
+                raise
+        return image
 
     @property
     def size(self) -> int:
@@ -121,8 +138,27 @@ class Image:
         self._named(lambda: snapshot.check(self.geometry, size))
         return self._view(snapshot.l1_table_offset, snapshot.l1_size, size, label)
 
+    def parts(self) -> Parts:
+        """What writing needs of the image."""
+        return Parts(
+            self.label, self.header, self.file, self.data_file, self.snapshots, self.active,
+            self._l1_tables, self._l2_tables, self._slices, self._sources.epochs,
+            has_backing=self.backing is not None,
+        )  # fmt: skip
+
+    async def aclose(self) -> None:
+        """Write everything back, then close every file of the chain.
+
+        Raises `OSError` as the host does; the files are closed all the same.
+        """
+        try:
+            if self.writer is not None:
+                await self.writer.finish()
+        finally:
+            self.close()
+
     def close(self) -> None:
-        """Close every file of the chain."""
+        """Close every file of the chain; what was not flushed is lost."""
         if self.backing is not None:
             self.backing.close()
         if self.data_file is not self.file:
@@ -141,7 +177,7 @@ class Image:
 
     # -- opening
 
-    async def load(self, chain: _Chain, data_file: Path | None) -> None:
+    async def load(self, chain: _Chain, *, top: bool) -> None:
         """For `open` only: check the header, then open the data file and the backing chain."""
         self._named(self.header.check_supported)
         self._warn_about_state()
@@ -150,8 +186,10 @@ class Image:
                 self.snapshots = await load_snapshots(self.file, self.header)
             except CorruptImage as error:
                 raise CorruptImage(f"{self.label}: {error}") from None
-        self._open_data_file(data_file, chain.options)
-        self._tables = TableCache(self.file, self.geometry, chain.slices)
+        self._open_data_file(chain.options, top=top)
+        self._l1_tables = TableCache(self.file, self.geometry, chain.slices, TABLE_WORDS)
+        self._l2_tables = TableCache(self.file, self.geometry, chain.slices, TABLE_WORDS)
+        self._slices = chain.slices
         if self.header.backing_name is not None:
             self.backing = await _open_backing(self, chain)
         self._sources = Sources(
@@ -167,7 +205,7 @@ class Image:
     def _view(self, l1_table_offset: int, l1_size: int, size: int, label: str) -> ImageView:
         geometry = self.geometry
         mapping = Mapping(
-            self._tables, geometry, l1_table_offset, l1_size,
+            self._l1_tables, self._l2_tables, geometry, l1_table_offset, l1_size,
             version=self.header.version, has_data_file=self.header.has_data_file,
         )  # fmt: skip
         entries = min(l1_size, geometry.l1_entries_for(size))
@@ -180,7 +218,8 @@ class Image:
         if self.header.corrupt:
             log.warning("%s: is marked corrupt; reads go on, check it with qemu-img check", self.label)
 
-    def _open_data_file(self, path: Path | None, options: OpenOptions) -> None:
+    def _open_data_file(self, options: OpenOptions, *, top: bool) -> None:
+        path = options.data_file if top else None
         if path is None and self.header.has_data_file:
             name = self.header.extension(DATA_FILE_NAME)
             named = "" if name is None else f" (its header names {quoted(name)})"
@@ -193,13 +232,26 @@ class Image:
         if not self.header.has_data_file:
             raise UsageError(f"{self.label}: has no external data file; leave --data-file out")
         try:
-            self.data_file = options.open_host(path)
+            self.data_file = _opener(options)(path)
         except OSError as error:
             raise BackingFileError(f"{self.label}: external data file {path}: {error.strerror}") from None
-        _lock(self.data_file, options)
+        _lock(self.data_file, options, top=True)
 
     def _named(self, check: Callable[[], T]) -> T:
         return named(self.label, check)
+
+
+def _open_top(path: Path, label: str, options: OpenOptions) -> HostFile:
+    try:
+        return _opener(options)(path)
+    except OSError as error:
+        if options.writable and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UsageError(f"{label}: {error.strerror} for writing; --read-only needs less") from None
+        raise
+
+
+def _opener(options: OpenOptions) -> OpenHost:
+    return options.open_writable if options.writable else options.open_host
 
 
 def named(label: str, check: Callable[[], T]) -> T:
@@ -221,14 +273,14 @@ async def read_header(file: HostFile, label: str) -> Header:
     return named(label, lambda: Header.unpack(bytes(cluster)))
 
 
-async def _open_file(file: HostFile, path: Path, label: str, chain: _Chain, data_file: Path | None) -> Image:
+async def _open_file(file: HostFile, label: str, chain: _Chain, *, top: bool = False) -> Image:
     """Make an `Image` of an open file, which is closed if anything fails."""
     image = None
     try:
-        _lock(file, chain.options)
+        _lock(file, chain.options, top=top)
         chain.seen.add(file.facts().identity)
         image = Image(label, file, await read_header(file, label))
-        await image.load(chain, data_file)
+        await image.load(chain, top=top)
     except BaseException:
         (image or file).close()
         raise
@@ -256,7 +308,7 @@ async def _open_backing(image: Image, chain: _Chain) -> GuestReader:
         file.close()
         raise
     if found == "qcow2":
-        return await _open_file(file, path, label, chain, None)
+        return await _open_file(file, label, chain)
     return _open_raw(file, label, chain)
 
 
@@ -270,7 +322,8 @@ def _open_raw(file: HostFile, label: str, chain: _Chain) -> RawBacking:
     return RawBacking(file, label)
 
 
-def _lock(file: HostFile, options: OpenOptions) -> None:
+def _lock(file: HostFile, options: OpenOptions, *, top: bool = False) -> None:
     if isinstance(file, OsHostFile):
-        mode = locks.SHARED_READER if options.force_share else locks.READER
+        reader = locks.SHARED_READER if options.force_share else locks.READER
+        mode = locks.WRITER if options.writable and top else reader
         locks.acquire(file.fd, file.name, mode)

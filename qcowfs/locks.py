@@ -37,6 +37,7 @@ class LockMode:
     denied: frozenset[int]
 
 
+WRITER = LockMode(frozenset({CONSISTENT_READ, WRITE, RESIZE}), frozenset({WRITE, RESIZE}))
 READER = LockMode(frozenset({CONSISTENT_READ}), frozenset({WRITE, RESIZE}))
 SHARED_READER = LockMode(frozenset({CONSISTENT_READ}), frozenset())
 
@@ -72,7 +73,7 @@ def _find_conflict(fd: int, mode: LockMode) -> int | None:
     """The byte that a foreign lock holds against us, None if there is none."""
     against_us = [_DENIED_BASE + p for p in sorted(mode.used)]
     against_them = [_USED_BASE + p for p in sorted(mode.denied)]
-    return next((b for b in against_us + against_them if _is_foreign(fd, b)), None)
+    return next((b for b in against_them + against_us if _is_foreign(fd, b)), None)
 
 
 def _is_foreign(fd: int, byte: int) -> bool:

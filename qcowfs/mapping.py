@@ -60,7 +60,8 @@ class Mapping:
 
     def __init__(
         self,
-        tables: TableCache,
+        l1_tables: TableCache,
+        l2_tables: TableCache,
         geometry: Geometry,
         l1_table_offset: int,
         l1_size: int,
@@ -68,8 +69,9 @@ class Mapping:
         version: int = 3,
         has_data_file: bool = False,
     ) -> None:
-        """Walk tables through the cache `tables`; an absent L1 entry means unallocated."""
-        self._tables = tables
+        """Walk tables through the two caches; an absent L1 entry means unallocated."""
+        self._l1_tables = l1_tables
+        self._l2_tables = l2_tables
         self._geometry = geometry
         self._l1_table_offset = l1_table_offset
         self._l1_size = l1_size
@@ -102,7 +104,7 @@ class Mapping:
         if not l2_offset or geometry.extended_l2 or self._has_data_file:
             return None
         slice_offset, index = geometry.l2_slice(guest)
-        words = self._tables.get(l2_offset + slice_offset)
+        words = self._l2_tables.get(l2_offset + slice_offset)
         if words is None:
             return None
         entry = words[index]
@@ -113,6 +115,10 @@ class Mapping:
             self._known.clear()
         self._known[guest >> self._cluster_bits] = start
         return start
+
+    def forget(self, guest: int) -> None:
+        """Let `translate` look the cluster up anew, since its entry has changed."""
+        self._known.pop(guest >> self._cluster_bits, None)
 
     def get_extents(self, guest: int, length: int) -> list[Extent] | None:
         """What `resolve` answers if every table needed is in memory, else None."""
@@ -160,7 +166,7 @@ class Mapping:
             return stop
         slice_offset, index = geometry.l2_slice(guest)
         place = l2_offset + slice_offset
-        words = self._tables.get(place)
+        words = self._l2_tables.get(place)
         if words is None:
             return None
         stop = min(end, geometry.slice_end(guest))
@@ -177,7 +183,7 @@ class Mapping:
         if l1_index >= self._l1_size:
             return 0
         slice_offset, index = geometry.l1_slice(guest)
-        words = self._tables.get(self._l1_table_offset + slice_offset)
+        words = self._l1_tables.get(self._l1_table_offset + slice_offset)
         if words is None:
             return None
         l2_offset = words[index] & OFFSET_MASK
@@ -189,13 +195,13 @@ class Mapping:
         """Load the next missing slice on the way to the guest offset's L2 entry."""
         l2_offset = self._get_l2_table(guest)
         if l2_offset is None:
-            name, table = "L1", self._l1_table_offset
+            name, table, cache = "L1", self._l1_table_offset, self._l1_tables
             place = table + self._geometry.l1_slice(guest)[0]
         else:
-            name, table = "L2", l2_offset
+            name, table, cache = "L2", l2_offset, self._l2_tables
             place = table + self._geometry.l2_slice(guest)[0]
         try:
-            await self._tables.load(place)
+            await cache.load(place)
         except CorruptImage as error:
             raise CorruptImage(f"{name} table at {table:#x}: {error}") from None
 

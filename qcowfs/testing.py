@@ -1,6 +1,6 @@
 """A host file in memory, for tests of programs that use the engine.
 
-Owns contents and injected faults. Must not know qcow2.
+Owns contents, the log of writes and syncs, and injected faults. Must not know qcow2.
 """
 
 from __future__ import annotations
@@ -8,11 +8,28 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count
 
-from qcowfs.hostfile import FileFacts, ReadRequest
+from qcowfs.hostfile import FileFacts, ReadRequest, WriteRequest
 
 _inodes = count(1)
+
+
+@dataclass(frozen=True)
+class Write:
+    """One write of the log."""
+
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Sync:
+    """One sync of the log."""
+
+
+SYNC = Sync()
 
 
 class MemoryHostFile:
@@ -24,11 +41,29 @@ class MemoryHostFile:
         self.name = name
         self.closed = False
         self._facts = (mtime_ns, (0, next(_inodes)))
-        self._bad: list[range] = []
+        self._bad: list[tuple[range, int]] = []
+        self._bad_writes: list[tuple[range, int]] = []
+        self.fail_next_syncs = 0
+        self.log: list[Write | Sync] = []
 
-    def fail_reads(self, start: int, length: int) -> None:
-        """Make every read that touches the range end with EIO."""
-        self._bad.append(range(start, start + length))
+    def fail_reads(self, start: int, length: int, error: int = errno.EIO) -> None:
+        """Make every read that touches the range end with that errno."""
+        self._bad.append((range(start, start + length), error))
+
+    def fail_writes(self, start: int, length: int, error: int = errno.EIO) -> None:
+        """Make every write that touches the range end with that errno."""
+        self._bad_writes.append((range(start, start + length), error))
+
+    def heal(self) -> None:
+        """Let everything succeed again."""
+        self._bad.clear()
+        self._bad_writes.clear()
+        self.fail_next_syncs = 0
+
+    def _fail(self, bad: list[tuple[range, int]], wanted: range) -> None:
+        for r, error in bad:
+            if r.start < wanted.stop and wanted.start < r.stop:
+                raise OSError(error, os.strerror(error), self.name)
 
     def facts(self) -> FileFacts:
         """Size as of now; a memory file counts as regular."""
@@ -43,10 +78,30 @@ class MemoryHostFile:
         """Fill every buffer; bytes past the end become zeros."""
         for offset, buffer in requests:
             wanted = range(offset, offset + len(buffer))
-            if any(r.start < wanted.stop and wanted.start < r.stop for r in self._bad):
-                raise OSError(errno.EIO, os.strerror(errno.EIO), self.name)
+            self._fail(self._bad, wanted)
             part = bytes(self.data[offset : offset + len(buffer)])
             buffer[:] = part.ljust(len(buffer), b"\0")
+
+    def write_now(self, offset: int, data: bytes | memoryview) -> bool:
+        """Never: so that every write takes the general way."""
+        return False
+
+    async def write_from(self, requests: Sequence[WriteRequest]) -> None:
+        """Write every buffer, growing the file; each is one entry of the log."""
+        for offset, data in requests:
+            wanted = range(offset, offset + len(data))
+            self._fail(self._bad_writes, wanted)
+            if len(self.data) < offset:
+                self.data += bytes(offset - len(self.data))
+            self.data[offset : offset + len(data)] = data
+            self.log.append(Write(offset, bytes(data)))
+
+    async def sync(self) -> None:
+        """Note the moment up to which nothing may be lost."""
+        if self.fail_next_syncs:
+            self.fail_next_syncs -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO), self.name)
+        self.log.append(SYNC)
 
     def close(self) -> None:
         """Mark the file as closed."""

@@ -7,9 +7,10 @@ damage. Must not know headers, locks or how anything was opened.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qcowfs.backing import GuestReader
+from qcowfs.epochs import ReadEpochs
 from qcowfs.errors import CorruptImage
 from qcowfs.geometry import Geometry
 from qcowfs.hostfile import HostFile, ReadRequest
@@ -58,6 +59,7 @@ class Sources:
     inflated: InflatedClusters
     backing: GuestReader | None
     damage: Damage
+    epochs: ReadEpochs = field(default_factory=ReadEpochs)
 
 
 class ImageView:
@@ -93,12 +95,25 @@ class ImageView:
         cached = host + length <= self._data_end and self._read_cached(host, buffer)
         return buffer if cached else None
 
+    def is_zero_now(self, guest: int, length: int) -> bool:
+        """Whether tables in memory tell that the range reads as zeros, whatever the data file holds."""
+        extents = self.mapping.get_extents(guest, min(length, self.size - guest))
+        zero = (ZERO_KIND,) if self._sources.backing is not None else (ZERO_KIND, UNALLOCATED)
+        return extents is not None and all(extent.kind in zero for extent in extents)
+
     async def read_into(self, guest: int, buffer: memoryview) -> None:
         """Fill the buffer with the guest's bytes from `guest` on; zeros beyond the view's size.
 
         Raises `CorruptImage` for damage, naming image, guest and host offset and the rule, and
         `OSError` as the host does.
         """
+        epoch = self._sources.epochs.enter()
+        try:
+            await self._read_into(guest, buffer)
+        finally:
+            self._sources.epochs.leave(epoch)
+
+    async def _read_into(self, guest: int, buffer: memoryview) -> None:
         within = max(0, min(len(buffer), self.size - guest))
         if within < len(buffer):
             fill_zeros(buffer[within:])

@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=80)
 settings.register_profile("explore", deadline=None, max_examples=5000, print_blob=True)
 settings.load_profile("fixed")  # a run repeats exactly; --hypothesis-profile=explore looks further
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of this project's own."""
+    parser.addoption(
+        "--power-cuts",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="how many crash states to try (default 2000)",
+    )
+
+
+@pytest.fixture
+def power_cuts(request: pytest.FixtureRequest) -> int:
+    """How many crash states the tests try together."""
+    count: int = request.config.getoption("--power-cuts")
+    return count

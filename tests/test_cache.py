@@ -12,6 +12,7 @@ import trio.testing
 
 from qcowfs.cache import SliceStore, TableCache
 from qcowfs.errors import CorruptImage
+from qcowfs.format.words import TABLE_WORDS
 from qcowfs.geometry import Geometry
 from qcowfs.hostfile import ReadRequest
 from qcowfs.lru import BoundedStore
@@ -39,7 +40,7 @@ class SlowFile(CountedFile):
 
 
 def cache_of(file: CountedFile, limit: int = 1 << 20) -> TableCache:
-    return TableCache(file, GEOMETRY, BoundedStore(limit))
+    return TableCache(file, GEOMETRY, BoundedStore(limit), TABLE_WORDS)
 
 
 def words(count: int, first: int = 0) -> bytes:
@@ -151,8 +152,8 @@ async def test_slices_beyond_the_bound_are_dropped_and_read_again() -> None:
 
 async def test_caches_that_share_a_store_share_its_bound_but_not_their_slices() -> None:
     store: SliceStore = BoundedStore(3 * (SLICE + 400))
-    first = TableCache(CountedFile(words(512)), GEOMETRY, store)
-    second = TableCache(CountedFile(words(512, 7)), GEOMETRY, store)
+    first = TableCache(CountedFile(words(512)), GEOMETRY, store, TABLE_WORDS)
+    second = TableCache(CountedFile(words(512, 7)), GEOMETRY, store, TABLE_WORDS)
     assert (await first.load(0))[0] == 0
     assert (await second.load(0))[0] == 7
     assert first.get(0) != second.get(0)

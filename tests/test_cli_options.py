@@ -19,6 +19,7 @@ from qcowfs.cli.main import main
 from qcowfs.cli.mount_helper import mount_command
 from qcowfs.cli.mount_words import IGNORED, as_arguments, expand
 from qcowfs.errors import UsageError
+from qcowfs.image import OpenOptions
 from tests.asserting import raises_exactly
 
 # -- mount words
@@ -131,9 +132,9 @@ def test_the_mount_helper_becomes_the_command_mount(words: list[str], command: l
 
 
 @pytest.mark.parametrize(
-    ("text", "mode"), [("444", 0o444), ("640", 0o440), ("777", 0o444), ("000", 0), ("4", 0o004)]
+    ("text", "mode"), [("444", 0o444), ("640", 0o640), ("777", 0o666), ("000", 0), ("4", 0o004)]
 )
-def test_modes_give_permission_to_read_only(text: str, mode: int) -> None:
+def test_modes_never_give_permission_to_execute(text: str, mode: int) -> None:
     assert parsed("--mode", text, "-o", "ro").mode == mode
 
 
@@ -167,17 +168,35 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         size(text)
 
 
-def test_options_become_open_options() -> None:
+def open_options(*words: str) -> OpenOptions:
+    """What the words of a command line become, where the command has --read-only."""
     parser = argparse.ArgumentParser()
     image_options.add_arguments(parser)
+    parser.add_argument("--read-only", action="store_true")
+    return image_options.open_options(parser.parse_args(words))
+
+
+def test_options_become_open_options() -> None:
     words = ["--no-backing", "--probe-backing", "-U", "--lost-data", "zeros", "--table-cache", "1M"]
-    options = image_options.open_options(parser.parse_args([*words, "--data-file", "/d"]))
+    options = open_options(*words, "--data-file", "/d")
     assert (options.backing.refuse_all, options.backing.probe) == (True, True)
     assert (options.force_share, options.lost_data_as_zeros) == (True, True)
     assert (options.table_cache, options.data_file) == (1 << 20, Path("/d"))
-    plain = image_options.open_options(parser.parse_args([]))
+    plain = open_options()
     assert (plain.backing.refuse_all, plain.backing.probe, plain.data_file) == (False, False, None)
     assert (plain.force_share, plain.lost_data_as_zeros, plain.table_cache) == (False, False, 32 << 20)
+
+
+@pytest.mark.parametrize(("words", "writable"), [([], True), (["--read-only"], False), (["-U"], False)])
+def test_an_image_is_writable_unless_that_is_not_wanted(words: list[str], writable: bool) -> None:
+    assert open_options(*words).writable is writable
+
+
+def test_lost_data_as_zeros_is_for_reading_only() -> None:
+    text = "--lost-data=zeros would write zeros over lost data; add --read-only"
+    with raises_exactly(errors.UsageError, text):
+        open_options("--lost-data", "zeros")
+    assert open_options("--lost-data", "zeros", "--read-only").lost_data_as_zeros
 
 
 # -- exit codes

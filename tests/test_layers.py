@@ -17,14 +17,18 @@ import qcowfs
 
 ROOT = Path(qcowfs.__file__).parent
 LAYERS = {
-    "errors": 0, "text": 0, "geometry": 0, "lru": 0,
+    "errors": 0, "text": 0, "geometry": 0, "lru": 0, "cluster_locks": 0, "metadata_map": 0, "epochs": 0,
     "format": 10, "codecs": 11,
     "hostfile": 20, "locks": 20,
     "testing": 30, "backing": 30, "cache": 30,
     "refcounts": 40,
+    "flush": 45,
     "mapping": 50,
-    "usage": 60, "inflate": 60, "snapshots": 60,
+    "linking": 55,
+    "snapshots": 59, "usage": 60, "inflate": 60, "check": 60,
     "views": 65,
+    "writing": 66, "zeroing": 67,
+    "live": 68,
     "image": 70,
     "info": 75,
     "daemon": 80,
@@ -33,7 +37,7 @@ LAYERS = {
 }  # fmt: skip
 FOLDERS = ("format", "codecs", "daemon", "cli")
 DAEMON = LAYERS["daemon"]
-PURE = ("errors", "text", "geometry", "lru", "format", "codecs")
+PURE = ("errors", "text", "geometry", "lru", "metadata_map", "epochs", "format", "codecs")
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,13 @@ def test_modules_of_one_folder_import_each_other_in_one_direction(folder: str) -
         for name in free:
             del members[name]
     assert members == {}
+
+
+def test_the_verifier_shares_nothing_with_what_it_verifies() -> None:
+    [verifier] = [m for m in MODULES if m.dotted == "qcowfs.check"]
+    used = {place_of(name) for _, name in own_imports(verifier)}
+    assert used & {"refcounts", "cache", "mapping", "linking", "writing", "flush", "live"} == set()
+    assert "format" in used
 
 
 def test_the_package_itself_imports_nothing_of_the_package() -> None:

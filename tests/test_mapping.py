@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qcowfs.cache import TableCache
+from qcowfs.format.words import TABLE_WORDS
 from qcowfs.geometry import Geometry
 from qcowfs.lru import BoundedStore
 from qcowfs.mapping import Extent, Mapping
@@ -20,10 +21,10 @@ Found = tuple[str, int, int, int]
 def mapping_of(image: ImageBuilder, *, has_data_file: bool = False) -> Mapping:
     """The mapping of the built image's live disk."""
     geometry = Geometry(image.cluster_bits, image.extended_l2)
-    tables = TableCache(MemoryHostFile(image.build()), geometry, BoundedStore(1 << 20))
+    tables = TableCache(MemoryHostFile(image.build()), geometry, BoundedStore(1 << 20), TABLE_WORDS)
     active = image.active
     return Mapping(
-        tables, geometry, active.offset, active.entries,
+        tables, tables, geometry, active.offset, active.entries,
         version=image.version, has_data_file=has_data_file,
     )  # fmt: skip
 

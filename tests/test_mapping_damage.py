@@ -7,6 +7,7 @@ import errno
 import pytest
 
 from qcowfs.cache import TableCache
+from qcowfs.format.words import TABLE_WORDS
 from qcowfs.geometry import Geometry
 from qcowfs.lru import BoundedStore
 from qcowfs.mapping import Extent, Mapping
@@ -55,8 +56,8 @@ async def test_an_l2_table_past_the_end_of_the_file_is_damage() -> None:
 
 
 async def test_an_l1_table_past_the_end_of_the_file_is_damage() -> None:
-    tables = TableCache(MemoryHostFile(bytes(1000)), Geometry(9), BoundedStore(1 << 20))
-    [first, second] = await Mapping(tables, Geometry(9), 0x400, 2).resolve(0, 2 * KIB32)
+    tables = TableCache(MemoryHostFile(bytes(1000)), Geometry(9), BoundedStore(1 << 20), TABLE_WORDS)
+    [first, second] = await Mapping(tables, tables, Geometry(9), 0x400, 2).resolve(0, 2 * KIB32)
     assert shown([first, second]) == [("lost", 0, KIB32, 0), ("lost", KIB32, KIB32, 0)]
     rule = "the table lies past the end of the file (1000 bytes)"
     assert (first.damage, second.damage) == 2 * (f"L1 table at 0x400: {rule}",)
@@ -94,8 +95,8 @@ async def test_an_error_of_the_host_passes_as_it_is(which: str) -> None:
     image.normal(0, b"x")
     file = MemoryHostFile(image.build())
     file.fail_reads(image.active.offset if which == "L1" else image.l2_table(0), 1)
-    tables = TableCache(file, Geometry(9), BoundedStore(1 << 20))
-    mapping = Mapping(tables, Geometry(9), image.active.offset, 1)
+    tables = TableCache(file, Geometry(9), BoundedStore(1 << 20), TABLE_WORDS)
+    mapping = Mapping(tables, tables, Geometry(9), image.active.offset, 1)
     with pytest.raises(OSError, match="Input/output error") as caught:
         await mapping.resolve(0, C)
     assert caught.value.errno == errno.EIO

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcowfs.cache import LEAST_SLICES, TableCache
+from qcowfs.format.words import TABLE_WORDS
 from qcowfs.geometry import Geometry
 from qcowfs.hostfile import ReadRequest
 from qcowfs.lru import BoundedStore
@@ -28,8 +29,8 @@ class ImpatientFile(CountedFile):
 
 def over(image: ImageBuilder, file: CountedFile, limit: int = 1 << 20) -> Mapping:
     geometry = Geometry(image.cluster_bits, image.extended_l2)
-    tables = TableCache(file, geometry, BoundedStore(limit, LEAST_SLICES))
-    return Mapping(tables, geometry, image.active.offset, image.active.entries)
+    tables = TableCache(file, geometry, BoundedStore(limit, LEAST_SLICES), TABLE_WORDS)
+    return Mapping(tables, tables, geometry, image.active.offset, image.active.entries)
 
 
 async def test_what_was_looked_up_is_answered_again_without_reading() -> None:

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qcowfs.errors import UsageError
+
 if TYPE_CHECKING:
     from qcowfs.image import OpenOptions
 
@@ -68,5 +70,14 @@ def open_options(args: argparse.Namespace) -> OpenOptions:
         data_file=args.data_file,
         lost_data_as_zeros=args.lost_data == "zeros",
         force_share=args.force_share,
+        writable=_writable(args),
         table_cache=args.table_cache or DEFAULT_CACHE_BYTES,
     )
+
+
+def _writable(args: argparse.Namespace) -> bool:
+    if args.read_only or args.force_share:
+        return False
+    if args.lost_data == "zeros":
+        raise UsageError("--lost-data=zeros would write zeros over lost data; add --read-only")
+    return True

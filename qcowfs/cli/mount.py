@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--foreground", "-f", action="store_true", help="stay in the foreground, log to standard error"
     )
     parser.add_argument("--dry-run", action="store_true", help="do everything but mount")
-    parser.add_argument(
-        "--read-only", "-r", action="store_true", help="never write to the image (so far always the case)"
-    )
+    parser.add_argument("--read-only", "-r", action="store_true", help="never write to the image")
     parser.add_argument(
         "-o", metavar="OPTION[,OPTION...]",
         help="options as mount(8) gives them; any long option of this command also works here",
@@ -43,7 +41,7 @@ def _add_showing(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--uid", type=int, default=os.getuid(), help="owner of the files (default: you)")
     group.add_argument("--gid", type=int, default=os.getgid(), help="group of the files (default: yours)")
     group.add_argument(
-        "--mode", type=_mode, default=0o400, help="permission bits of the files in octal (default 400)"
+        "--mode", type=_mode, default=0o600, help="permission bits of the files in octal (default 600)"
     )
     group.add_argument(
         "--read-ahead", type=size, default=4 << 20, metavar="SIZE",
@@ -58,7 +56,7 @@ def _mode(text: str) -> int:
         mode = -1
     if not 0 <= mode <= 0o777:
         raise argparse.ArgumentTypeError(f"{text!r} is no octal mode between 000 and 777")
-    return mode & 0o444
+    return mode & 0o666
 
 
 def run(args: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from qcowfs.errors import MountError, UsageError
 from qcowfs.text import printable
 
 FS_TYPE = "fuse.qcowfs"
-PID_ATTRIBUTE = "user.qcowfs.pid"
+FACTS_FILE = ".qcowfs"
 FUSE_DEVICE = Path("/dev/fuse")
 FUSE_CONFIG = Path("/etc/fuse.conf")
 _OCTAL = re.compile(r"\\([0-7]{3})")
@@ -45,9 +45,9 @@ def prepare(mount_point: Path) -> None:
 
 
 def _is_dead(mount_point: Path) -> bool:
-    """Whether the daemon is gone; asked by an attribute, since the kernel may remember the status."""
+    """Whether the daemon is gone; asked by statvfs, since the kernel may remember the status."""
     try:
-        os.getxattr(mount_point, PID_ATTRIBUTE)
+        os.statvfs(mount_point)
     except OSError as error:
         return error.errno == errno.ENOTCONN
     return False
@@ -115,7 +115,8 @@ def unmount(mount_point: Path, *, lazy: bool = False) -> None:
 def _daemon_of(mount_point: Path) -> int | None:
     """A descriptor of the daemon's process, None where it is gone."""
     try:
-        return os.pidfd_open(int(os.getxattr(mount_point, PID_ATTRIBUTE)))
+        first, _ = (mount_point / FACTS_FILE).read_bytes().split(b"\n", 1)
+        return os.pidfd_open(int(first.removeprefix(b"pid=")))
     except (OSError, ValueError):
         return None
 

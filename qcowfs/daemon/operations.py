@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 import stat
+import time
 from dataclasses import dataclass
 from itertools import count
 
@@ -16,11 +17,13 @@ import pyfuse3
 
 from qcowfs.daemon.refusals import Refusals
 from qcowfs.daemon.replies import answers
-from qcowfs.daemon.tree import DiskFile, Folder, Node, Tree
+from qcowfs.daemon.tree import DiskFile, FactsFile, Folder, Node, Tree
 
 EXACT_TIMEOUT = 3600.0
+CHANGING_TIMEOUT = 1.0
 GUESS_TIMEOUT = 0.0
 MAX_READ = 1 << 20
+FACTS_HANDLE = 0
 _SPARE_BUFFERS = 16
 _XATTR_PREFIX = b"user.qcowfs."
 
@@ -31,12 +34,12 @@ class Ownership:
 
     uid: int
     gid: int
-    mode: int = 0o400
+    mode: int = 0o600
 
     @property
     def folder_mode(self) -> int:
         """Permission bits of folders."""
-        return self.mode | (self.mode & 0o444) >> 2
+        return self.mode & 0o444 | (self.mode & 0o444) >> 2
 
 
 class Buffers:
@@ -66,7 +69,7 @@ class Operations(Refusals):
     supports_dot_lookup = False
 
     def __init__(self, tree: Tree, ownership: Ownership, facts: dict[bytes, bytes]) -> None:
-        """Serve `tree`; `facts` are extra extended attributes of the root, without their prefix."""
+        """Serve `tree`; `facts` are extended attributes of the root, without their prefix."""
         super().__init__()
         self._tree = tree
         self._ownership = ownership
@@ -83,7 +86,7 @@ class Operations(Refusals):
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         """Find a name in a folder."""
-        node = self._folder(parent_inode).entries.get(name)
+        node = self._tree.find(self._folder(parent_inode), name)
         if node is None:
             raise pyfuse3.FUSEError(errno.ENOENT)
         await self._count_if_quick(node)
@@ -110,27 +113,34 @@ class Operations(Refusals):
 
     async def _count_if_quick(self, node: Node) -> None:
         if isinstance(node, DiskFile) and node.allocated is None and node.view.counts_quickly:
-            node.allocated = await node.view.allocated_bytes()
+            await node.count_allocated()
 
     def _attributes(self, node: Node) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = node.inode
         entry.st_uid, entry.st_gid = self._ownership.uid, self._ownership.gid
-        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = node.mtime_ns
         entry.st_blksize = self._cluster_size
         entry.attr_timeout = entry.entry_timeout = EXACT_TIMEOUT
         if isinstance(node, Folder):
             entry.st_mode = stat.S_IFDIR | self._ownership.folder_mode
             entry.st_nlink = 2
-            return entry
-        entry.st_mode = stat.S_IFREG | self._ownership.mode & 0o777
+        elif isinstance(node, FactsFile):
+            entry.st_mode = stat.S_IFREG | self._ownership.mode & 0o444
+            entry.st_nlink, entry.st_size = 1, len(node.content)
+        else:
+            self._describe_disk(entry, node)
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = node.mtime_ns
+        return entry
+
+    def _describe_disk(self, entry: pyfuse3.EntryAttributes, node: DiskFile) -> None:
+        writable = node.writer is not None
+        entry.st_mode = stat.S_IFREG | self._ownership.mode & (0o777 if writable else 0o444)
         entry.st_nlink = 1
         entry.st_size = node.view.size
-        allocated = node.view.size if node.allocated is None else node.allocated
-        entry.st_blocks = -(-allocated // 512)
-        if node.allocated is None:
-            entry.attr_timeout = GUESS_TIMEOUT
-        return entry
+        allocated = node.allocated_now
+        entry.st_blocks = -(-(node.view.size if allocated is None else allocated) // 512)
+        if allocated is None or writable:
+            entry.attr_timeout = CHANGING_TIMEOUT if writable and allocated is not None else GUESS_TIMEOUT
 
     @answers
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
@@ -149,7 +159,12 @@ class Operations(Refusals):
 
     @answers
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        """An extended attribute of the root (image, pid) or of a snapshot (id, name)."""
+        """An extended attribute of the root (image, pid) or of a snapshot (id, name).
+
+        On a writable mount there are none: the kernel would ask for one with every write.
+        """
+        if self._tree.disk.writer is not None:
+            raise pyfuse3.FUSEError(errno.ENOSYS)
         value = self._xattrs(self._node(inode)).get(name)
         if value is None:
             raise pyfuse3.FUSEError(errno.ENODATA)
@@ -158,6 +173,8 @@ class Operations(Refusals):
     @answers
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
         """The names of a node's extended attributes."""
+        if self._tree.disk.writer is not None:
+            raise pyfuse3.FUSEError(errno.ENOSYS)
         return list(self._xattrs(self._node(inode)))
 
     def _xattrs(self, node: Node) -> dict[bytes, bytes]:
@@ -183,16 +200,18 @@ class Operations(Refusals):
             if not pyfuse3.readdir_reply(token, name, self._attributes(node), place):
                 break
 
-    # -- reading
+    # -- reading and writing
 
     @answers
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        """Open a disk for reading; the kernel keeps what it has cached."""
+        """Open a disk; the kernel keeps what it has cached. Only the live disk may be writable."""
         node = self._node(inode)
-        if not isinstance(node, DiskFile):
+        if isinstance(node, Folder):
             raise pyfuse3.FUSEError(errno.EISDIR)
-        if flags & os.O_ACCMODE != os.O_RDONLY:
+        if flags & os.O_ACCMODE != os.O_RDONLY and getattr(node, "writer", None) is None:
             raise pyfuse3.FUSEError(errno.EROFS)
+        if isinstance(node, FactsFile):
+            return pyfuse3.FileInfo(fh=FACTS_HANDLE, keep_cache=True)
         handle = next(self._next_handle)
         self._handles[handle] = node
         return pyfuse3.FileInfo(fh=handle, keep_cache=True)
@@ -202,6 +221,8 @@ class Operations(Refusals):
         self, fh: int, off: int, size: int
     ) -> memoryview | bytes:
         """Read guest bytes; short only at the end of the disk."""
+        if fh == FACTS_HANDLE:
+            return self._tree.facts.content[off : off + size]
         view = self._handles[fh].view
         length = min(size, view.size - off, MAX_READ)
         if length <= 0:
@@ -218,12 +239,60 @@ class Operations(Refusals):
         return reply
 
     @answers
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """Write guest bytes; short only at the end of the disk, beyond it ENOSPC as on a block device."""
+        node = self._handles[fh]
+        if node.writer is None:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        length = min(len(buf), node.view.size - off)
+        if length <= 0:
+            raise pyfuse3.FUSEError(errno.ENOSPC)
+        data = buf if length == len(buf) else buf[:length]
+        if not node.writer.write_now(off, data):
+            await node.writer.write(off, data)
+        node.written_ns = time.time_ns()
+        return length
+
+    @answers
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """Set the live disk's time; its size is that of a block device, its owner and mode the mount's."""
+        node = self._node(inode)
+        if not isinstance(node, DiskFile) or node.writer is None:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        if fields.update_mode or fields.update_uid or fields.update_gid:
+            raise pyfuse3.FUSEError(errno.EPERM)
+        if fields.update_size and attr.st_size != node.view.size:
+            raise pyfuse3.FUSEError(errno.EINVAL)
+        if fields.update_mtime:
+            node.mtime_ns = attr.st_mtime_ns
+            node.written_ns = None
+        return self._attributes(node)
+
+    @answers
     async def flush(self, fh: int) -> None:
-        """Closing a descriptor: nothing is held back for a reader."""
+        """Closing a descriptor: what was written through any handle goes to the host's disk.
+
+        Only now the file's time moves: the kernel drops what it has cached when it sees a new one.
+        """
+        disk = self._tree.disk
+        writer = disk.writer
+        disk.mtime_ns, disk.written_ns = disk.written_ns or disk.mtime_ns, None
+        if writer is not None and writer.is_dirty and fh != FACTS_HANDLE:
+            await writer.flush()
 
     @answers
     async def fsync(self, fh: int, datasync: bool) -> None:
-        """Nothing was written."""
+        """Return when data and all metadata that it needs are on disk."""
+        writer = self._tree.disk.writer
+        if writer is not None:
+            await writer.flush()
 
     @answers
     async def release(self, fh: int) -> None:

@@ -20,8 +20,7 @@ async def refuse(*_: object) -> NoReturn:
 class Refusals(pyfuse3.Operations):
     """Handlers that change names, attributes or data."""
 
-    setattr = refuse  # type: ignore[assignment]  # one answer for every signature
-    mknod = refuse  # type: ignore[assignment]
+    mknod = refuse  # type: ignore[assignment]  # one answer for every signature
     mkdir = refuse  # type: ignore[assignment]
     unlink = refuse  # type: ignore[assignment]
     rmdir = refuse  # type: ignore[assignment]
@@ -29,6 +28,5 @@ class Refusals(pyfuse3.Operations):
     rename = refuse  # type: ignore[assignment]
     link = refuse  # type: ignore[assignment]
     create = refuse  # type: ignore[assignment]
-    write = refuse  # type: ignore[assignment]
     setxattr = refuse  # type: ignore[assignment]
     removexattr = refuse  # type: ignore[assignment]

@@ -20,6 +20,7 @@ from qcowfs.daemon import eager, mountpoint
 from qcowfs.daemon.notify import notify_systemd
 from qcowfs.daemon.operations import Operations, Ownership
 from qcowfs.daemon.tree import DISK_NAME, Tree
+from qcowfs.daemon.write_back import serve_under_memory_pressure, write_back_when_idle
 from qcowfs.errors import MountError, QcowError
 from qcowfs.hostfile import run_in_thread
 from qcowfs.image import Image, OpenOptions
@@ -48,15 +49,26 @@ async def serve(path: Path, mount_point: Path, options: MountOptions, ready: Cal
     """
     mountpoint.check_fuse(allow_other=options.allow_other)
     mountpoint.prepare(mount_point)
+    if options.open.writable:
+        serve_under_memory_pressure()
     image = await Image.open(path, options.open)
     try:
-        tree = Tree(image)
         facts = {b"pid": b"%d" % os.getpid(), b"image": os.fsencode(path)}
+        tree = Tree(image, b"".join(name + b"=" + value + b"\n" for name, value in facts.items()))
         operations = Operations(tree, options.ownership, facts)
         await _serve_mounted(operations, tree, path, mount_point, options, ready)
     finally:
-        image.close()
+        with trio.CancelScope(shield=True):
+            await _close(image)
         notify_systemd(STATUS=f"{image.label} is closed")
+
+
+async def _close(image: Image) -> None:
+    try:
+        await image.aclose()
+    except (QcowError, OSError) as error:
+        log.error("%s: could not be written back: %s", image.label, error)  # noqa: TRY400 - one line
+        raise
 
 
 async def rehearse(path: Path, mount_point: Path, options: MountOptions) -> None:
@@ -81,9 +93,11 @@ async def _serve_mounted(
         raise MountError(f"mount point {mount_point}: the kernel refused the mount ({error})") from None
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_end_on_signals)
+            nursery.start_soon(_end_on_signals, mount_point)
             nursery.start_soon(_come_alive, mount_point, options, path, ready)
             nursery.start_soon(_count_allocated, tree)
+            if tree.disk.writer is not None:
+                nursery.start_soon(write_back_when_idle, tree.disk.writer)
             await pyfuse3.main(min_tasks=_MIN_TASKS)
             nursery.cancel_scope.cancel()
     finally:
@@ -92,9 +106,11 @@ async def _serve_mounted(
 
 def _fuse_options(path: Path, options: MountOptions) -> set[str]:
     chosen = {
-        "default_permissions", "ro", "nosuid", "nodev", "subtype=qcowfs",
+        "default_permissions", "nosuid", "nodev", "subtype=qcowfs",
         f"fsname={_option_text(str(path))}",
     }  # fmt: skip
+    if not options.open.writable:
+        chosen.add("ro")
     if options.allow_other:
         chosen.add("allow_other")
     return chosen
@@ -106,12 +122,25 @@ def _option_text(text: str) -> str:
     return plain.replace("\\", "\\\\").replace(",", "\\,")
 
 
-async def _end_on_signals() -> None:
+async def _end_on_signals(mount_point: Path) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
             log.info("ending on %s", signal.Signals(number).name)
             notify_systemd(STOPPING="1")
+            try:
+                await run_in_thread(_sync_pages, mount_point)
+            except OSError as error:
+                log.error("%s: cannot write back cached pages: %s", mount_point, error)  # noqa: TRY400
             pyfuse3.terminate()
+
+
+def _sync_pages(mount_point: Path) -> None:
+    """Make the kernel hand over what programs wrote through mappings."""
+    fd = os.open(mount_point / os.fsdecode(DISK_NAME), os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 async def _come_alive(
@@ -149,6 +178,6 @@ async def _count_allocated(tree: Tree) -> None:
         if node.view.counts_quickly:
             continue
         try:
-            node.allocated = await node.view.allocated_bytes()
+            await node.count_allocated()
         except (QcowError, OSError) as error:
             log.warning("%s: cannot count allocated clusters: %s", node.view.label, error)

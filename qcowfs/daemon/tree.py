@@ -11,12 +11,14 @@ from itertools import count
 
 from qcowfs.format.snapshot_table import Snapshot
 from qcowfs.image import Image
+from qcowfs.live import DiskWriter
 from qcowfs.snapshots import file_names
 from qcowfs.views import ImageView
 
 ROOT_INODE = 1
 DISK_NAME = b"disk.raw"
 SNAPSHOTS_NAME = b"snapshots"
+FACTS_NAME = b".qcowfs"
 
 
 @dataclass
@@ -30,29 +32,62 @@ class Folder:
 
 @dataclass
 class DiskFile:
-    """A raw disk; `allocated` is how many bytes take space, None until they are counted."""
+    """A raw disk; `allocated` is how many bytes took space when they were counted, None before.
+
+    `writer` is there for the live disk of a writable mount; `written_ns` is when it was last written, if
+    that is not its time yet.
+    """
 
     inode: int
     mtime_ns: int
     view: ImageView
     snapshot: Snapshot | None = None
     allocated: int | None = None
+    writer: DiskWriter | None = None
+    written_ns: int | None = None
+
+    async def count_allocated(self) -> None:
+        """Count what takes space. Raises `QcowError` or `OSError` where the tables cannot be read."""
+        before = 0
+        if self.writer is not None:
+            await self.writer.flush()
+            before = self.writer.allocated_since_open
+        self.allocated = await self.view.allocated_bytes() - before
+
+    @property
+    def allocated_now(self) -> int | None:
+        """Bytes that take space, None until they are counted."""
+        if self.allocated is None or self.writer is None:
+            return self.allocated
+        return min(self.view.size, self.allocated + self.writer.allocated_since_open)
 
 
-Node = Folder | DiskFile
+@dataclass
+class FactsFile:
+    """A small text file that no listing shows: the daemon's pid and its image, for `qcowfs umount`."""
+
+    inode: int
+    mtime_ns: int
+    content: bytes
+
+
+Node = Folder | DiskFile | FactsFile
 
 
 class Tree:
     """Every node of one mount by inode number; views of snapshots are made when first needed."""
 
-    def __init__(self, image: Image) -> None:
-        """Show the image's live disk and its snapshots."""
+    def __init__(self, image: Image, facts: bytes) -> None:
+        """Show the image's live disk and its snapshots, and `facts` to who knows where they are."""
         self._numbers = count(ROOT_INODE)
         self._nodes: dict[int, Node] = {}
         mtime = image.file.facts().mtime_ns
         self.root = self._folder(mtime)
         self.disk = self._file(mtime, image.active, None)
+        self.disk.writer = image.writer
         self.snapshots = self._folder(mtime)
+        self.facts = FactsFile(next(self._numbers), mtime, facts)
+        self._nodes[self.facts.inode] = self.facts
         self.root.entries = {DISK_NAME: self.disk, SNAPSHOTS_NAME: self.snapshots}
         for snapshot, name in zip(image.snapshots, file_names(image.snapshots), strict=True):
             view = image.snapshot_view(snapshot)
@@ -66,9 +101,15 @@ class Tree:
         """Every raw disk."""
         return (node for node in self._nodes.values() if isinstance(node, DiskFile))
 
+    def find(self, folder: Folder, name: bytes) -> Node | None:
+        """The node of that name in a folder, listed or not."""
+        if folder is self.root and name == FACTS_NAME:
+            return self.facts
+        return folder.entries.get(name)
+
     def __len__(self) -> int:
-        """How many nodes there are."""
-        return len(self._nodes)
+        """How many nodes a listing shows."""
+        return len(self._nodes) - 1
 
     def _folder(self, mtime_ns: int) -> Folder:
         folder = Folder(next(self._numbers), mtime_ns)

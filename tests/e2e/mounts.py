@@ -74,6 +74,7 @@ def _is_harmless(line: str) -> bool:
 def mounted(
     image: Path,
     *options: Word,
+    writable: bool = False,
     at: Path | None = None,
     beside: Path | None = None,
     env: Mapping[str, str] | None = None,
@@ -82,7 +83,8 @@ def mounted(
 
     The folder to mount on is `at`, by default a new one in the folder `beside`, by default the image's.
     """
-    mount = start(image, *options, beside=beside or image.parent, at=at, env=env)
+    words = _with_access(options, writable=writable)
+    mount = start(image, *words, beside=beside or image.parent, at=at, env=env)
     try:
         assert first_line(mount.process), mount.errors.read_text()
         yield mount
@@ -90,6 +92,11 @@ def mounted(
         put_down(mount)
     assert mount.process.returncode == 0, mount.errors.read_text()
     assert not mount.take_complaints()
+
+
+def _with_access(options: tuple[Word, ...], *, writable: bool) -> tuple[Word, ...]:
+    """The options for a mount; it may write only where that is asked for."""
+    return options if writable else ("--read-only", *options)
 
 
 def start(image: Path, *options: Word, beside: Path, at: Path | None, env: Mapping[str, str] | None) -> Mount:
@@ -158,10 +165,10 @@ def loop_devices(below: Path) -> list[str]:
     ]
 
 
-def refusal(image: Path, folder: Path, *options: Word) -> Result:
+def refusal(image: Path, folder: Path, *options: Word, writable: bool = False) -> Result:
     """The result of a mount that must fail."""
     folder.mkdir(exist_ok=True)
-    result = qcowfs("mount", image, folder, *options)
+    result = qcowfs("mount", image, folder, *_with_access(options, writable=writable))
     if result.returncode == 0:
         run("umount", folder)
     assert result.returncode != 0, f"{image} was mounted"
@@ -170,10 +177,10 @@ def refusal(image: Path, folder: Path, *options: Word) -> Result:
 
 
 @contextmanager
-def loop_mounted(disk: Path, folder: Path) -> Iterator[Path]:
-    """The file system on a raw disk, read-only."""
+def loop_mounted(disk: Path, folder: Path, *, writable: bool = False) -> Iterator[Path]:
+    """The file system on a raw disk."""
     folder.mkdir(exist_ok=True)
-    run("mount", "-o", "loop,ro", disk, folder)
+    run("mount", "-o", "loop,rw" if writable else "loop,ro", disk, folder)
     try:
         yield folder
     finally:
@@ -201,12 +208,18 @@ class Daemon:
         return bool(select.select([self.process], [], [], 0)[0])
 
 
+def daemon_of(folder: Path) -> int:
+    """The process that serves a mount, as the file tells that no listing shows."""
+    first, _, _ = (folder / ".qcowfs").read_bytes().partition(b"\n")
+    return int(first.removeprefix(b"pid="))
+
+
 @contextmanager
 def in_background(folder: Path, *command: Word, **options: Any) -> Iterator[Daemon]:  # noqa: ANN401
     """Run a command that mounts an image on the folder and returns; the mount ends with the block."""
     folder.mkdir(exist_ok=True)
     said = run(*command, **options).stdout
-    pid = int(os.getxattr(folder, "user.qcowfs.pid"))
+    pid = daemon_of(folder)
     daemon = Daemon(folder, said, pid, os.pidfd_open(pid))
     try:
         yield daemon

@@ -61,7 +61,7 @@ def test_an_ordinary_user_mounts_reads_and_unmounts(home: Path) -> None:
     run(*AS_NOBODY, *QCOWFS, "mount", home / "image.qcow2", folder)
     try:
         seen = run(*AS_NOBODY, "stat", "--format", "%u %g %a %s", folder / "disk.raw").stdout
-        assert seen == f"{NOBODY} {NOBODY} 400 {MIB}\n"
+        assert seen == f"{NOBODY} {NOBODY} 600 {MIB}\n"
         run(*AS_NOBODY, "cmp", folder / "disk.raw", home / "expected")
         with pytest.raises(PermissionError):
             (folder / "disk.raw").stat()  # not even root may look in
@@ -153,3 +153,29 @@ def test_a_missing_fusermount_is_named(home: Path) -> None:
     assert result.stderr == (
         "qcowfs: fusermount3 is missing, which mounts for ordinary users; install fuse3\n"
     )
+
+
+@pytest.mark.usefixtures("fuse_mode")
+def test_an_image_that_the_user_may_not_write_is_mounted_read_only_or_not_at_all(home: Path) -> None:
+    image, folder = home / "image.qcow2", home / "here"
+    image.chmod(0o444)
+    result = as_nobody(*QCOWFS, "mount", image, folder)
+    message = f"qcowfs: {image}: Permission denied for writing; --read-only needs less\n"
+    assert (result.returncode, result.stderr) == (2, message)
+    assert not is_mounted(folder)
+    run(*AS_NOBODY, *QCOWFS, "mount", "--read-only", image, folder)
+    run(*AS_NOBODY, "cmp", folder / "disk.raw", home / "expected")
+    run(*AS_NOBODY, *QCOWFS, "umount", folder)
+
+
+@pytest.mark.usefixtures("fuse_mode")
+def test_an_ordinary_user_writes(home: Path) -> None:
+    image, folder = home / "image.qcow2", home / "here"
+    run(*AS_NOBODY, *QCOWFS, "mount", image, folder)
+    words = (f"if={home}/expected", f"of={folder}/disk.raw", "bs=3000", "seek=7", "count=100", "conv=notrunc")
+    run(*AS_NOBODY, "dd", *words)
+    run(*AS_NOBODY, *QCOWFS, "umount", folder)
+    after = as_raw(image, home / "after").read_bytes()
+    assert after[21_000:321_000] == (home / "expected").read_bytes()[:300_000]
+    assert after[:21_000] == (home / "expected").read_bytes()[:21_000]
+    run("qemu-img", "check", image)

@@ -1,0 +1,51 @@
+"""What a daemon that others write through owes the host: timely write-back, and no deadlock for memory.
+
+Owns when metadata is written back without being asked. Must not know the order in which that happens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+
+import trio
+
+from qcowfs.live import DiskWriter
+
+log = logging.getLogger(__name__)
+
+CHECK_EVERY = 1.0
+LONGEST_DIRTY = 30.0
+_PR_SET_IO_FLUSHER = 57
+
+
+async def write_back_when_idle(writer: DiskWriter) -> None:
+    """Write dirty metadata back once nothing was written for a while, or it has waited too long.
+
+    A failure is logged once; the next try may succeed, and an fsync of a user tells it again.
+    """
+    failing = False
+    dirty_for, seen = 0.0, 0
+    while True:
+        await trio.sleep(CHECK_EVERY)
+        idle, seen = writer.writes == seen, writer.writes
+        dirty_for = dirty_for + CHECK_EVERY if writer.is_dirty else 0.0
+        if not writer.is_dirty or not (idle or dirty_for >= LONGEST_DIRTY):
+            continue
+        try:
+            await writer.flush()
+            failing, dirty_for = False, 0.0
+        except OSError as error:
+            if not failing:
+                log.error("cannot write back: %s; trying again", error)  # noqa: TRY400 - one line
+            failing = True
+
+
+def serve_under_memory_pressure() -> None:
+    """Tell the kernel that memory is freed by this process's writes, so it must not wait for itself.
+
+    Needs CAP_SYS_RESOURCE; without it the mount works all the same.
+    """
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    if prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0):
+        log.debug("not marked as an I/O flusher: errno %d", ctypes.get_errno())

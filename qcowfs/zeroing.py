@@ -1,0 +1,102 @@
+"""Zeroing and discarding: whole clusters by their entries, the rest by writing zeros.
+
+Owns which entry a cluster gets, for each version and kind. Must not know how data is written. What a
+discarded cluster reads as, and when it keeps its place, is as in QEMU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from qcowfs.cluster_locks import ClusterLocks
+from qcowfs.format.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO
+from qcowfs.geometry import SUBCLUSTERS, GuestOffset
+from qcowfs.linking import Entry, Linker
+from qcowfs.writing import ALL_SUBCLUSTERS, MOST_DIRTY_BYTES, Target, Writer
+
+
+class Zeroer:
+    """Zeroes and discards on an image's live disk."""
+
+    def __init__(
+        self, writer: Writer, linker: Linker, target: Target, locks: ClusterLocks, size: int
+    ) -> None:
+        """Change a disk of `size` bytes; what is no whole cluster is written by `writer`."""
+        self._writer = writer
+        self._linker = linker
+        self._to = target
+        self._geometry = target.geometry
+        self._locks = locks
+        self._size = size
+
+    async def zero(self, guest: GuestOffset, length: int, *, unmap: bool) -> None:
+        """Make the range read as zeros; whole clusters lose their data, and with `unmap` their place.
+
+        Raises as `write` does.
+        """
+        await self._by_clusters(guest, length, self._zero_part, lambda e: self._zeroed(e, unmap=unmap))
+
+    async def discard(self, guest: GuestOffset, length: int) -> None:
+        """Give back the whole clusters of the range, as the specification's readers expect of a discard.
+
+        Raises as `write` does.
+        """
+        await self._by_clusters(guest, length, None, self._discarded)
+
+    async def _by_clusters(
+        self, guest: GuestOffset, length: int,
+        part: Callable[[int, int], Awaitable[None]] | None, change: Callable[[Entry], Entry | None],
+    ) -> None:  # fmt: skip
+        """Apply `change` to whole clusters and `part` to what is left of the range at its ends."""
+        end = guest + length
+        while guest < end:
+            start = self._geometry.cluster_start(guest)
+            stop = min(end, start + self._geometry.cluster_size)
+            whole = guest == start and stop in (start + self._geometry.cluster_size, self._size)
+            changed = whole and await self._change_cluster(guest, change)
+            if not changed and part is not None:
+                await part(guest, stop - guest)
+            guest = stop
+        if self._to.flusher.dirty_bytes > MOST_DIRTY_BYTES:
+            await self._to.flusher.flush()
+
+    async def _change_cluster(self, guest: GuestOffset, change: Callable[[Entry], Entry | None]) -> bool:
+        number = guest >> self._geometry.cluster_bits
+        clusters = range(number, number + 1)
+        await self._locks.hold(clusters)
+        try:
+            await self._linker.ensure_table(guest)
+            old = self._linker.get(guest)
+            new = change(old)
+            if new is not None and new != old:
+                self._writer.link(guest, new)
+                if not new.word & OFFSET_MASK:
+                    self._writer.drop(old)
+            return new is not None
+        finally:
+            self._locks.release(clusters)
+
+    async def _zero_part(self, guest: GuestOffset, length: int) -> None:
+        await self._writer.write(guest, memoryview(bytes(length)))
+
+    def _zeroed(self, old: Entry, *, unmap: bool) -> Entry | None:
+        """The entry of a cluster that reads as zeros; None where the format has none for that."""
+        keeps = bool(old.word & COPIED) and not old.word & COMPRESSED and not unmap
+        place = old.word & (OFFSET_MASK | COPIED) if keeps else 0
+        if self._to.external:
+            return None if old.word or self._to.has_backing else old
+        if self._geometry.extended_l2:
+            return Entry(place, ALL_SUBCLUSTERS << SUBCLUSTERS)
+        if self._to.zero_flag:
+            return Entry(place | ZERO)
+        return None if self._to.has_backing else Entry(0)
+
+    def _discarded(self, old: Entry) -> Entry | None:
+        if self._to.external:
+            return old
+        unallocated = not old.word and not old.bitmap
+        if unallocated and not self._to.has_backing:
+            return old
+        if not self._to.zero_flag and self._to.has_backing:
+            return old
+        return self._zeroed(old, unmap=True)
