@@ -18,6 +18,9 @@ from qcowfs.hostfile import HostFile, run_in_thread
 from qcowfs.lru import BoundedStore
 
 DEFAULT_CACHE_BYTES = 16 << 20
+SPARE_SIZE = 1 << 20
+MOST_SPARE = 8
+"""Buffers for stored bytes that are kept, and how large: a fresh one costs its zeroing and page faults."""
 STORED_GAP = 4096
 """Stored clusters this close to each other are read by one request."""
 
@@ -41,6 +44,7 @@ class InflatedClusters:
         self._store = store
         self._loading: dict[Stored, trio.Event] = {}
         self._threads = os.cpu_count() or 1
+        self._spare: list[bytearray] = []
 
     async def get(self, wanted: Sequence[Stored]) -> dict[Stored, Inflated]:
         """Every wanted cluster, or the `CorruptImage` that tells why it cannot be had.
@@ -80,7 +84,14 @@ class InflatedClusters:
 
     async def _inflate_all(self, wanted: list[Stored]) -> dict[Stored, Inflated]:
         """Read the stored bytes, then inflate them in as many threads as there are processors."""
-        pieces = await self._read(wanted)
+        buffers: list[bytearray] = []
+        try:
+            return await self._inflate_pieces(await self._read(wanted, buffers))
+        finally:
+            kept = [buffer for buffer in buffers if len(buffer) == SPARE_SIZE]
+            self._spare += kept[: MOST_SPARE - len(self._spare)]
+
+    async def _inflate_pieces(self, pieces: list[Piece]) -> dict[Stored, Inflated]:
         share = -(-len(pieces) // self._threads)
         results: dict[Stored, Inflated] = {}
 
@@ -95,13 +106,15 @@ class InflatedClusters:
                 nursery.start_soon(work, pieces[start : start + share])
         return results
 
-    async def _read(self, wanted: list[Stored]) -> list[Piece]:
-        """The stored bytes of each cluster; neighbours are read by one request."""
+    async def _read(self, wanted: list[Stored], buffers: list[bytearray]) -> list[Piece]:
+        """The stored bytes of each cluster, in `buffers`; neighbours are read by one request."""
         pieces: list[Piece] = []
         requests = []
         for run in _runs(sorted(wanted)):
             start = run[0][0]
-            buffer = memoryview(bytearray(max(o + n for o, n in run) - start))
+            length = max(o + n for o, n in run) - start
+            buffers.append(self._spare.pop() if self._spare and length <= SPARE_SIZE else _fresh(length))
+            buffer = memoryview(buffers[-1])[:length]
             requests.append((start, buffer))
             pieces += [((o, n), buffer[o - start : o - start + n]) for o, n in run]
         await self._file.read_into(requests)
@@ -121,6 +134,11 @@ class InflatedClusters:
             cluster = found[stored]
             if isinstance(cluster, bytes):
                 self._store.put((id(self), stored), cluster, self._size)
+
+
+def _fresh(length: int) -> bytearray:
+    """A buffer for stored bytes, as large as a spare one at least."""
+    return bytearray(max(length, SPARE_SIZE))
 
 
 def _runs(ordered: list[Stored]) -> list[list[Stored]]:
