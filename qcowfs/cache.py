@@ -149,10 +149,3 @@ class TableCache:
             words = self._written.pop(offset, None)
             if words is not None:
                 self._dirty.setdefault(offset, words)
-
-    def forget(self, offset: int) -> None:
-        """Drop a slice whose cluster was freed; what it held is never written."""
-        self._fresh.discard(offset)
-        self._dirty.pop(offset, None)
-        self._written.pop(offset, None)
-        self._store.drop((id(self), offset))

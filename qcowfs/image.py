@@ -123,11 +123,6 @@ class Image:
         """Bytes of the live disk."""
         return self.active.size
 
-    @property
-    def backing_label(self) -> str | None:
-        """How messages call what lies directly below, None if nothing does."""
-        return None if self.backing is None else self.backing.label
-
     def snapshot_view(self, snapshot: Snapshot) -> ImageView:
         """A view of an internal snapshot; without a size of its own it has the active one.
 

@@ -45,9 +45,3 @@ class BoundedStore(Generic[K, V]):
         while self._used > self._limit and len(self._entries) > self._least:
             _, (_, dropped) = self._entries.popitem(last=False)
             self._used -= dropped
-
-    def drop(self, key: K) -> None:
-        """Forget a value, if it is here."""
-        entry = self._entries.pop(key, None)
-        if entry is not None:
-            self._used -= entry[1]

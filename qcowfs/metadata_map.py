@@ -5,8 +5,6 @@ Owns that set. Must not know how tables are read. One bit for each cluster of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 
 class MetadataMap:
     """The clusters that guest data must never be written to."""
@@ -24,11 +22,6 @@ class MetadataMap:
             self._map += bytes(missing)
         for cluster in range(first, last + 1):
             self._map[cluster >> 3] |= 1 << (cluster & 7)
-
-    def add_clusters(self, offsets: Iterable[int]) -> None:
-        """Protect the clusters that start at the offsets."""
-        for offset in offsets:
-            self.add(offset, 1)
 
     def remove(self, offset: int) -> None:
         """Give up one cluster that no longer holds metadata."""

@@ -86,17 +86,6 @@ async def test_what_is_settled_is_clean() -> None:
     assert not tables.take_dirty()
 
 
-async def test_a_forgotten_slice_is_never_written_and_read_anew() -> None:
-    file = MemoryHostFile(bytes(4 * SLICE))
-    tables = cache_of(file)
-    await change(tables, 0, 1)
-    tables.forget(0)
-    assert tables.get(0) is None
-    assert not tables.take_dirty()
-    file.data[7] = 5
-    assert (await tables.load(0))[0] == 5
-
-
 @pytest.mark.parametrize("state", ["dirty", "being written"])
 async def test_what_is_not_on_disk_stays_whatever_the_bound(state: str) -> None:
     file = MemoryHostFile(bytes(64 * SLICE))

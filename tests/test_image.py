@@ -38,7 +38,7 @@ async def refused(data: bytes, kind: type[QcowError], text: str) -> None:
 async def test_an_open_image_tells_its_size_and_closes_its_file() -> None:
     folder = MemoryFolder({DISK.name: ImageBuilder(3 * C + 100).build()})
     image = await folder.image(DISK.name)
-    assert (image.size, image.label, image.backing_label) == (3 * C, str(DISK), None)
+    assert (image.size, image.label, image.backing) == (3 * C, str(DISK), None)
     assert folder.left_open() == [DISK.name]
     image.close()
     assert folder.left_open() == []

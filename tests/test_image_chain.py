@@ -43,7 +43,8 @@ async def test_an_overlay_shows_its_backing_file_where_it_holds_nothing() -> Non
     top.zero_plain(2 * C)
     disk = await chain(top.build(), filled(4 * C, b"b").build())
     assert await read(disk, 0, 4 * C) == b"b" * C + b"t" * C + bytes(C) + b"b" * C
-    assert disk.backing_label == "/images/b (backing file of /images/a)"
+    assert disk.backing is not None
+    assert disk.backing.label == "/images/b (backing file of /images/a)"
 
 
 async def test_an_overlay_larger_than_its_backing_file_is_zeros_beyond_it() -> None:

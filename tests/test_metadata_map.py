@@ -32,7 +32,8 @@ def test_a_range_overlaps_if_it_touches_a_protected_cluster(offset: int, size: i
 
 def test_a_cluster_that_was_given_up_is_free_again() -> None:
     metadata = MetadataMap(9)
-    metadata.add_clusters([0, 8 * C, 9 * C])
+    metadata.add(0, C)
+    metadata.add(8 * C, 2 * C)
     metadata.remove(8 * C)
     metadata.remove(5000 * C)
     assert [metadata.overlaps(n * C, C) for n in (0, 8, 9, 10)] == [True, False, True, False]
