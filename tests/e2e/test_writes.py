@@ -224,8 +224,8 @@ def test_cutting_to_the_size_it_has_changes_nothing(mount: Mount, twin: Path) ->
 def test_fio_finds_again_what_it_wrote_at_random_places(mount: Mount, twin: Path) -> None:
     run(
         "fio", "--name=job", f"--filename={mount.disk}", "--size=2m", "--rw=randwrite", "--bsrange=4k-64k",
-        "--verify=crc32c", "--verify_fatal=1", "--loops=6", "--randseed=7", "--ioengine=psync",
-        "--fsync=32", "--allow_file_create=0", "--output-format=terse",
+        "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--loops=6",
+        "--randseed=7", "--ioengine=psync", "--fsync=32", "--allow_file_create=0", "--output-format=terse",
     )  # fmt: skip
     twin.write_bytes(mount.disk.read_bytes())
 
@@ -234,7 +234,7 @@ def test_fio_finds_again_what_several_jobs_wrote_directly(mount: Mount, twin: Pa
     run(
         "fio", "--name=job", f"--filename={mount.disk}", "--size=512k", "--offset_increment=512k",
         "--numjobs=4", "--rw=randwrite", "--bsrange=4k-64k", "--direct=1", "--verify=crc32c",
-        "--verify_fatal=1", "--io_size=4m", "--randseed=8", "--ioengine=libaio", "--iodepth=8",
-        "--allow_file_create=0", "--output-format=terse", "--thread",
+        "--verify_fatal=1", "--verify_state_save=0", "--io_size=4m", "--randseed=8",
+        "--ioengine=libaio", "--iodepth=8", "--allow_file_create=0", "--output-format=terse", "--thread",
     )  # fmt: skip
     twin.write_bytes(mount.disk.read_bytes())
