@@ -42,6 +42,9 @@ class GuestReader(Protocol):
     async def read_into(self, guest: int, buffer: memoryview) -> None:
         """Fill the buffer with the guest's bytes from `guest` on; beyond `size` they are zeros."""
 
+    async def find_next(self, guest: int, end: int, *, data: bool) -> int | None:
+        """The first offset in `[guest, end)` with data, or that reads as zeros; None if there is none."""
+
     async def allocated_bytes(self) -> int:
         """How many bytes of the disk take space, at most."""
 
@@ -126,6 +129,11 @@ class RawBacking:
     async def read_into(self, guest: int, buffer: memoryview) -> None:
         """Fill the buffer; beyond the file's end the bytes are zeros."""
         await self._file.read_into([(guest, buffer)])
+
+    async def find_next(self, guest: int, end: int, *, data: bool) -> int | None:
+        """Where data, or a hole, begins in `[guest, end)`; None if there is none."""
+        found = await self._file.find_next(guest, data=data)
+        return found if found is not None and found < min(end, self.size) else None
 
     async def allocated_bytes(self) -> int:
         """What the host file takes."""

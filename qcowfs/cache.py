@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from itertools import count
 
 import trio
 
@@ -21,6 +22,9 @@ from qcowfs.lru import BoundedStore
 DEFAULT_CACHE_BYTES = 32 << 20
 _SLICE_OVERHEAD = 400
 """Bytes that the interpreter adds to each cached slice, counted against the bound."""
+
+_numbers = count(1)
+"""Each cache's own, never used again, as part of its keys in a shared store."""
 
 LEAST_SLICES = 16
 """A walk needs an L1 and an L2 slice at once, and several walks may be under way."""
@@ -43,6 +47,7 @@ class TableCache:
 
     def __init__(self, file: HostFile, geometry: Geometry, store: SliceStore, words: Words) -> None:
         """Keep slices of `file` in `store`; `words` packs and unpacks their entries."""
+        self._number = next(_numbers)
         self._file = file
         self._geometry = geometry
         self._store = store
@@ -54,7 +59,7 @@ class TableCache:
 
     def get(self, offset: int) -> array[int] | None:
         """The slice at host offset `offset` if it is in memory."""
-        found = self._store.get((id(self), offset))
+        found = self._store.get((self._number, offset))
         if found is None and (self._dirty or self._written):
             found = self._dirty.get(offset)
             if found is None:
@@ -90,7 +95,7 @@ class TableCache:
 
     def _keep(self, offset: int, words: array[int]) -> None:
         cost = self._geometry.slice_size + _SLICE_OVERHEAD
-        self._store.put((id(self), offset), words, cost)
+        self._store.put((self._number, offset), words, cost)
 
     # -- the writer's side
 

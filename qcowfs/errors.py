@@ -43,6 +43,10 @@ class BadPassphrase(QcowError):
     """The key that was given does not open the encrypted image."""
 
 
+class SnapshotGone(QcowError):
+    """A snapshot was deleted while it was open."""
+
+
 class BackingFileError(QcowError):
     """A file below the image (backing or data file) is missing, refused by policy or unreadable."""
 

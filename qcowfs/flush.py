@@ -28,6 +28,9 @@ _MOST_PASSES = 4
 """Freeing dirties counts once more; a read under way may hold a cluster back, which then leaks."""
 _TABLE_PLACE = struct.Struct(">QI")
 
+Dropped = tuple[int, range]
+"""Host clusters, by index, that no entry names any more, and the epoch in which that became so."""
+
 
 class Flusher:
     """Writes one image's dirty metadata back, in order, one flush at a time."""
@@ -43,16 +46,22 @@ class Flusher:
         self._blocks, *self._tables = caches
         self._epochs = epochs
         self._lock = trio.Lock()
-        self._dropped: list[tuple[int, int]] = []
+        self._dropped: list[Dropped] = []
         self._unsynced = False
 
     def note_write(self) -> None:
         """Note that guest data went to the host file."""
         self._unsynced = True
 
-    def drop(self, clusters: range | list[int]) -> None:
+    def drop(self, clusters: range) -> None:
         """Lower the counts of clusters once the entries that named them are gone from the disk."""
-        self._dropped += [(self._epochs.current, cluster) for cluster in clusters]
+        if clusters:
+            self._dropped.append((self._epochs.current, clusters))
+
+    def take_dropped(self) -> list[range]:
+        """What still waits to be freed, for a successor of this flusher to drop."""
+        dropped, self._dropped = self._dropped, []
+        return [clusters for _, clusters in dropped]
 
     @property
     def dirty_bytes(self) -> int:
@@ -79,6 +88,12 @@ class Flusher:
             for _ in range(_MOST_PASSES):
                 if not self.is_dirty:
                     return
+                await self._flush_captured()
+
+    async def write_tables_back(self) -> None:
+        """Flush until no table differs from the disk; what readers still use may wait to be freed."""
+        async with self._lock:
+            while self._unsynced or any(cache.dirty_bytes for cache in (self._blocks, *self._tables)):
                 await self._flush_captured()
 
     async def _flush_captured(self) -> None:
@@ -108,7 +123,7 @@ class Flusher:
         if change is not None:
             for old in change.old_tables:
                 self._refcounts.unprotect(old)
-                dropped += [(self._epochs.current, cluster) for cluster in old]
+                dropped.append((self._epochs.current, old))
         await self._free(dropped)
 
     async def _write_counts(self, blocks: Batch, change: TableChange | None, *, sync: bool) -> None:
@@ -131,7 +146,7 @@ class Flusher:
 
     def _give_back(
         self, blocks: Batch, change: TableChange | None,
-        tables: list[tuple[TableCache, Batch]], dropped: list[tuple[int, int]],
+        tables: list[tuple[TableCache, Batch]], dropped: list[Dropped],
     ) -> None:  # fmt: skip
         self._blocks.give_back(blocks)
         if change is not None:
@@ -141,18 +156,36 @@ class Flusher:
         self._dropped[:0] = dropped
         self._unsynced = True
 
-    async def _free(self, dropped: list[tuple[int, int]]) -> None:
+    async def _free(self, dropped: list[Dropped]) -> None:
         """Lower the counts of what no entry on disk names and no reader uses any more."""
         oldest = self._epochs.advance()
-        waiting = [(epoch, cluster) for epoch, cluster in dropped if epoch >= oldest]
+        waiting = [(epoch, clusters) for epoch, clusters in dropped if epoch >= oldest]
         self._dropped[:0] = waiting
-        ready = sorted((cluster for epoch, cluster in dropped if epoch < oldest), reverse=True)
+        ready = _joined([clusters for epoch, clusters in dropped if epoch < oldest])
         while ready:
             try:
-                await self._refcounts.change(ready[-1], -1)
+                await self._free_run(ready[-1])
             except CorruptImage as error:
                 log.warning("cannot free a cluster: %s", error)
             except BaseException:
-                self._dropped += [(self._epochs.current, cluster) for cluster in ready]
+                self._dropped += [(self._epochs.current, clusters) for clusters in ready]
                 raise
             ready.pop()
+
+    async def _free_run(self, clusters: range) -> None:
+        """Give the host's blocks back while nobody else can take the clusters, then free these."""
+        size = self._refcounts.cluster_size
+        for last in await self._refcounts.last_references(clusters):
+            await self._file.punch_hole(last.start * size, len(last) * size)
+        await self._refcounts.lower(clusters)
+
+
+def _joined(ranges: list[range]) -> list[range]:
+    """The same clusters in fewer ranges; one that is named twice stays twice."""
+    joined: list[range] = []
+    for clusters in sorted(ranges, key=lambda r: (r.start, r.stop)):
+        if joined and joined[-1].stop == clusters.start:
+            joined[-1] = range(joined[-1].start, clusters.stop)
+        else:
+            joined.append(clusters)
+    return joined

@@ -7,6 +7,7 @@ here is either plain and immediate or awaits a thread; nothing blocks the event 
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import stat
@@ -18,7 +19,11 @@ from typing import Protocol, TypeVar
 
 import trio
 
+from qcowfs import syscalls
 from qcowfs.errors import UsageError
+from qcowfs.write_behind import WriteBehind
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -69,6 +74,15 @@ class HostFile(Protocol):
     async def write_from(self, requests: Sequence[WriteRequest]) -> None:
         """Write every buffer whole, in order; the file grows as needed."""
 
+    async def find_next(self, offset: int, *, data: bool) -> int | None:
+        """The first offset from `offset` on with data, or in a hole, as far as the host tells."""
+
+    async def punch_hole(self, offset: int, length: int) -> None:
+        """Give the host's blocks of a range back, where the host can; the range then reads as zeros or not.
+
+        Nobody may count on either.
+        """
+
     async def sync(self) -> None:
         """Return when everything written so far is on disk."""
 
@@ -87,6 +101,8 @@ class OsHostFile:
         self._unsynced = 0
         self._last_sync = math.inf
         self._nowait = hasattr(os, "RWF_NOWAIT")
+        self._write_behind = WriteBehind(fd)
+        self._punch: Callable[[int, int, int], None] | None = syscalls.punch_hole
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, writable: bool = False) -> OsHostFile:
@@ -131,16 +147,24 @@ class OsHostFile:
             await run_in_thread(self._read_blocking, waiting)
 
     def read_cached(self, offset: int, buffer: memoryview) -> bool:
-        """Fill the buffer from the page cache; False if it does not hold all of it."""
+        """Fill the buffer from the page cache, and with zeros past the end; False if that takes waiting."""
         if not self._nowait:
             return False
         try:
-            return os.preadv(self._fd, (buffer,), offset, os.RWF_NOWAIT) == len(buffer)
+            got = os.preadv(self._fd, (buffer,), offset, os.RWF_NOWAIT)
+            return got == len(buffer) or self._ends_within(offset + got, buffer[got:])
         except OSError as error:
             if error.errno not in _WOULD_BLOCK:
                 raise
             self._nowait = error.errno == errno.EAGAIN
             return False
+
+    def _ends_within(self, offset: int, rest: memoryview) -> bool:
+        """Fill what is left of a buffer with zeros if the file ends where it begins."""
+        if offset < self.facts().size:
+            return False
+        rest[:] = bytes(len(rest))
+        return True
 
     def _read_blocking(self, requests: Sequence[ReadRequest]) -> None:
         for offset, buffer in requests:
@@ -185,6 +209,27 @@ class OsHostFile:
             done = os.pwrite(self._fd, data, offset)
             while done < len(data):
                 done += os.pwrite(self._fd, memoryview(data)[done:], offset + done)
+            self._write_behind.note(offset, len(data))
+
+    async def find_next(self, offset: int, *, data: bool) -> int | None:
+        """The first offset from `offset` on with data, or in a hole; the end of the file is one."""
+        whence = os.SEEK_DATA if data else os.SEEK_HOLE
+        try:
+            return await run_in_thread(os.lseek, self._fd, offset, whence)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return None
+
+    async def punch_hole(self, offset: int, length: int) -> None:
+        """Give the host's blocks of a range back; the first refusal ends all further tries."""
+        if self._punch is None:
+            return
+        try:
+            await run_in_thread(self._punch, self._fd, offset, length)
+        except OSError as error:
+            self._punch = None
+            log.info("%s: the host does not take space back (%s)", self.name, error.strerror)
 
     async def sync(self) -> None:
         """Return when everything written so far is on disk. Raises `OSError` as the host does.
@@ -203,6 +248,7 @@ class OsHostFile:
     def close(self) -> None:
         """Give the descriptor back; locks on it end with it."""
         if self._fd >= 0:
+            self._write_behind.close()
             os.close(self._fd)
             self._fd = -1
 

@@ -27,7 +27,13 @@ from qcowfs.backing import (
     probe_format,
 )
 from qcowfs.cache import SliceStore, TableCache
-from qcowfs.errors import BackingFileError, CorruptImage, QcowError, UnsupportedFeature, UsageError
+from qcowfs.errors import (
+    BackingFileError,
+    CorruptImage,
+    QcowError,
+    UnsupportedFeature,
+    UsageError,
+)
 from qcowfs.format.extensions import DATA_FILE_NAME
 from qcowfs.format.header import V2_LENGTH, Header
 from qcowfs.format.snapshot_table import Snapshot
@@ -141,6 +147,20 @@ class Image:
             has_backing=self.backing is not None,
         )  # fmt: skip
 
+    async def follow(self, writer: DiskWriter, freed: list[range]) -> None:
+        """Go on with the state that the header names now; `freed` host clusters are used no more.
+
+        For `states` only, while the image's writer is alone.
+        """
+        self.header = await read_header(self.file, self.label)
+        self.snapshots = await load_snapshots(self.file, self.header)
+        self._make_caches()
+        header = self.header
+        self.active.follow(
+            self._view(header.l1_table_offset, header.l1_size, header.virtual_size, self.label)
+        )
+        writer.take_over(await make_writer(self.parts()), freed)
+
     async def aclose(self) -> None:
         """Write everything back, then close every file of the chain.
 
@@ -166,6 +186,10 @@ class Image:
         """Read the live disk: see `ImageView.read_into`."""
         await self.active.read_into(guest, buffer)
 
+    async def find_next(self, guest: int, end: int, *, data: bool) -> int | None:
+        """Where data, or a hole, of the live disk begins; see `ImageView.find_next`."""
+        return await self.active.find_next(guest, end, data=data)
+
     async def allocated_bytes(self) -> int:
         """How much space the live disk takes: see `ImageView.allocated_bytes`."""
         return await self.active.allocated_bytes()
@@ -182,9 +206,8 @@ class Image:
             except CorruptImage as error:
                 raise CorruptImage(f"{self.label}: {error}") from None
         self._open_data_file(chain.options, top=top)
-        self._l1_tables = TableCache(self.file, self.geometry, chain.slices, TABLE_WORDS)
-        self._l2_tables = TableCache(self.file, self.geometry, chain.slices, TABLE_WORDS)
         self._slices = chain.slices
+        self._make_caches()
         if self.header.backing_name is not None:
             self.backing = await _open_backing(self, chain)
         self._sources = Sources(
@@ -196,6 +219,10 @@ class Image:
         )
         header = self.header
         self.active = self._view(header.l1_table_offset, header.l1_size, header.virtual_size, self.label)
+
+    def _make_caches(self) -> None:
+        self._l1_tables = TableCache(self.file, self.geometry, self._slices, TABLE_WORDS)
+        self._l2_tables = TableCache(self.file, self.geometry, self._slices, TABLE_WORDS)
 
     def _view(self, l1_table_offset: int, l1_size: int, size: int, label: str) -> ImageView:
         geometry = self.geometry

@@ -69,6 +69,11 @@ class Linker:
             async with self._lock:
                 await self._own_table(guest)
 
+    async def is_absent(self, guest: GuestOffset) -> bool:
+        """Whether the guest offset has no L2 table at all."""
+        words, index, _ = await self._l1_slice(guest)
+        return not words[index]
+
     async def _l1_slice(self, guest: GuestOffset) -> tuple[array[int], int, HostOffset]:
         offset, index = self._geometry.l1_slice(guest)
         place = self._tables.l1_table_offset + offset
@@ -102,7 +107,7 @@ class Linker:
         words[index] = new | COPIED
         self._tables.l1.mark_dirty(place, words)
         if old:
-            self._tables.flusher.drop([cluster])
+            self._tables.flusher.drop(range(cluster, cluster + 1))
 
     async def _table_contents(self, old: HostOffset) -> list[array[int]]:
         """The slices of a table that others refer to as well; none of its clusters is ours alone."""

@@ -7,6 +7,8 @@ know how bytes find their clusters.
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from qcowfs.cache import SliceStore, TableCache
@@ -21,6 +23,7 @@ from qcowfs.format.features import Autoclear, Incompatible
 from qcowfs.format.header import Header
 from qcowfs.format.snapshot_table import Snapshot
 from qcowfs.format.words import TABLE_WORDS, Words
+from qcowfs.gate import Gate
 from qcowfs.hostfile import HostFile
 from qcowfs.linking import Linker, Tables
 from qcowfs.metadata_map import MetadataMap
@@ -56,20 +59,24 @@ class Parts:
 class DiskWriter:
     """The live disk's writing side: what `Image` offers to its users."""
 
-    def __init__(self, parts: Parts, writer: Writer, zeroer: Zeroer, flusher: Flusher) -> None:
+    def __init__(
+        self, parts: Parts, writer: Writer, zeroer: Zeroer, flusher: Flusher, metadata: MetadataMap
+    ) -> None:
         """For `make_writer` only."""
+        self._metadata = metadata
         self._parts = parts
         self._writer = writer
         self._zeroer = zeroer
         self._flusher = flusher
         self._incompatible = parts.header.incompatible
         self._prepared = False
+        self._gate = Gate()
         self.writes = 0
         """How many changes were asked for so far."""
 
-    def write_now(self, guest: int, data: bytes) -> bool:
+    def write_now(self, guest: int, data: bytes | memoryview) -> bool:
         """Write bytes within the disk in place if that takes no waiting; False leaves it to `write`."""
-        if not self._prepared or self._incompatible & _CORRUPT:
+        if not self._prepared or self._incompatible & _CORRUPT or not self._gate.is_open:
             return False
         self.writes += 1
         return self._writer.write_now(guest, data)
@@ -79,31 +86,57 @@ class DiskWriter:
 
         Raises `CorruptImage` where the image contradicts itself, `OSError` as the host does.
         """
-        await self._prepare(guest, len(data))
-        try:
+        async with self._changing(guest, len(data)):
             await self._writer.write(guest, memoryview(data))
-        except MetadataOverlap as error:
-            raise await self._marked_corrupt(str(error)) from None
 
     async def zero(self, guest: int, length: int, *, unmap: bool = False) -> None:
         """Make a range read as zeros, giving its clusters back with `unmap`; raises as `write` does."""
-        await self._prepare(guest, length)
-        try:
+        async with self._changing(guest, length):
             await self._zeroer.zero(guest, length, unmap=unmap)
-        except MetadataOverlap as error:
-            raise await self._marked_corrupt(str(error)) from None
 
     async def discard(self, guest: int, length: int) -> None:
         """Give back the whole clusters of a range; raises as `write` does."""
-        await self._prepare(guest, length)
-        try:
+        async with self._changing(guest, length):
             await self._zeroer.discard(guest, length)
-        except MetadataOverlap as error:
-            raise await self._marked_corrupt(str(error)) from None
 
     async def flush(self) -> None:
         """Return when everything written so far is on disk. Raises `OSError` as the host does."""
-        await self._flusher.flush()
+        async with self._gate.passing():
+            await self._flusher.flush()
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[MetadataMap]:
+        """Keep every change out, with all tables on disk; what is protected there.
+
+        Raises as `write` does where the image must not be changed.
+        """
+        async with self._gate.alone():
+            await self._prepare(0, 0)
+            await self._flusher.write_tables_back()
+            yield self._metadata
+
+    async def clear_tail(self) -> None:
+        """Make what lies between the end of the disk and of its last cluster zeros, before it grows."""
+        size = self._parts.view.size
+        length = -size % self._parts.header.geometry.cluster_size
+        if not length:
+            return
+        async with self._changing(size, 0):
+            if not await self._writer.reads_as_zeros(size - 1, length + 1):
+                await self._writer.write(size, memoryview(bytes(length)))
+
+    def take_over(self, successor: DiskWriter, freed: list[range]) -> None:
+        """Go on as `successor`, which was made of the image's new state; `freed` is not used any more."""
+        for clusters in [*self._flusher.take_dropped(), *freed]:
+            successor._flusher.drop(clusters)
+        successor._writer.linked = self._writer.linked
+        self._parts, self._metadata = successor._parts, successor._metadata
+        self._writer, self._zeroer, self._flusher = successor._writer, successor._zeroer, successor._flusher
+        self.writes += 1
+
+    def forbid(self) -> None:
+        """Let nothing more be written, since what is on disk is not certain."""
+        self._incompatible |= _CORRUPT
 
     async def finish(self) -> None:
         """Write everything back before the files are closed."""
@@ -118,6 +151,16 @@ class DiskWriter:
     def is_dirty(self) -> bool:
         """Whether anything waits to reach the disk."""
         return self._flusher.is_dirty
+
+    @asynccontextmanager
+    async def _changing(self, guest: int, length: int) -> AsyncIterator[None]:
+        """Around any change of a range of the disk."""
+        async with self._gate.passing():
+            await self._prepare(guest, length)
+            try:
+                yield
+            except MetadataOverlap as error:
+                raise await self._marked_corrupt(str(error)) from None
 
     async def _prepare(self, guest: int, length: int) -> None:
         """What has to be so before any change."""
@@ -181,7 +224,7 @@ async def make_writer(parts: Parts) -> DiskWriter:
     linker, locks = Linker(tables, parts.view.mapping), ClusterLocks()
     writer = Writer(parts.view, linker, target, locks)
     zeroer = Zeroer(writer, linker, target, locks, parts.view.size)
-    return DiskWriter(parts, writer, zeroer, flusher)
+    return DiskWriter(parts, writer, zeroer, flusher, metadata)
 
 
 def _refuse_states(parts: Parts) -> None:

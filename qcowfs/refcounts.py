@@ -40,7 +40,7 @@ class Refcounts:
         """
         self._metadata = metadata
         geometry = header.geometry
-        self._cluster_size = geometry.cluster_size
+        self.cluster_size = self._cluster_size = geometry.cluster_size
         self._slice_size = geometry.slice_size
         self._words = Words(1 << header.refcount_order)
         self._blocks = blocks
@@ -89,7 +89,7 @@ class Refcounts:
     async def change(self, cluster: int, by: int) -> None:
         """Add `by` to a count; raises `UsageError` where the width cannot hold it, `CorruptImage` below 0."""
         if not self._block_of(cluster):
-            raise CorruptImage(f"refcount of host cluster {cluster:#x} is 0 but it is in use")
+            raise self._not_counted(cluster)
         words, index, place = await self._load(cluster)
         count = words[index] + by
         if count > self.maximum:
@@ -99,13 +99,55 @@ class Refcounts:
                 "qemu-img amend -o refcount_bits=16"
             )
         if count < 0:
-            raise CorruptImage(
-                f"refcount of host offset {cluster * self._cluster_size:#x} is 0 but it is in use"
-            )
+            raise self._not_counted(cluster)
         words[index] = count
         self._blocks.mark_dirty(place, words)
         if not count:
             self._hint = min(self._hint, cluster)
+
+    # -- runs of counts
+
+    async def last_references(self, clusters: range) -> list[range]:
+        """Those runs of the clusters whose count is 1."""
+        found: list[range] = []
+        while clusters:
+            words, part, _ = await self._first_part(clusters)
+            counts = words[part.start : part.stop]
+            start = 0
+            while start < len(counts):
+                run = _run_of(counts, start)
+                if counts[start] == 1:
+                    found.append(clusters[start : start + run])
+                start += run
+            clusters = clusters[len(part) :]
+        return found
+
+    async def lower(self, clusters: range) -> None:
+        """Subtract 1 from the count of each cluster, in steps that are whole within a slice.
+
+        Raises `CorruptImage` where a count is 0 already; then those before it are lowered.
+        """
+        while clusters:
+            words, part, place = await self._first_part(clusters)
+            self._blocks.mark_dirty(place, words)
+            for cluster, index in zip(clusters, part, strict=False):
+                if not words[index]:
+                    raise self._not_counted(cluster)
+                words[index] -= 1
+                if not words[index]:
+                    self._hint = min(self._hint, cluster)
+            clusters = clusters[len(part) :]
+
+    async def _first_part(self, clusters: range) -> tuple[array[int], range, HostOffset]:
+        """The slice that counts the first of the clusters: words, indices of those in it, its place."""
+        if not self._block_of(clusters.start):
+            raise self._not_counted(clusters.start)
+        words, index, place = await self._load(clusters.start)
+        return words, range(index, min(index + len(clusters), len(words))), place
+
+    def _not_counted(self, cluster: int) -> CorruptImage:
+        offset = cluster * self._cluster_size
+        return CorruptImage(f"refcount of host offset {offset:#x} is 0 but it is in use")
 
     # -- allocating
 
@@ -260,6 +302,14 @@ class Refcounts:
         """Note that a change may not have reached the disk."""
         self._dirty_entries |= change.indices
         self._old_tables[:0] = change.old_tables
+
+
+def _run_of(counts: array[int], start: int) -> int:
+    """How many equal counts there are from `start` on."""
+    end = start + 1
+    while end < len(counts) and counts[end] == counts[start]:
+        end += 1
+    return end - start
 
 
 def _take(words: array[int], start: int, most: int) -> int:

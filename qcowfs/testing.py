@@ -24,12 +24,17 @@ class Write:
     data: bytes
 
 
+class Punch(Write):
+    """A hole; its `data` are what the range may hold then."""
+
+
 @dataclass(frozen=True)
 class Sync:
     """One sync of the log."""
 
 
 SYNC = Sync()
+PUNCHED = b"\xdb"
 
 
 class MemoryHostFile:
@@ -95,6 +100,17 @@ class MemoryHostFile:
                 self.data += bytes(offset - len(self.data))
             self.data[offset : offset + len(data)] = data
             self.log.append(Write(offset, bytes(data)))
+
+    async def find_next(self, offset: int, *, data: bool) -> int | None:
+        """All of the file is data."""
+        return offset if data is (offset < len(self.data)) else None if data else len(self.data)
+
+    async def punch_hole(self, offset: int, length: int) -> None:
+        """Fill the range with other bytes than zeros, since nobody may count on it; the log gets it too."""
+        part = range(len(self.data))[offset : offset + length]
+        if part:
+            self.data[part.start : part.stop] = PUNCHED * len(part)
+            self.log.append(Punch(part.start, PUNCHED * len(part)))
 
     async def sync(self) -> None:
         """Note the moment up to which nothing may be lost."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
+import trio
+
 from qcowfs.backing import GuestReader
 from qcowfs.epochs import ReadEpochs
-from qcowfs.errors import CorruptImage
+from qcowfs.errors import CorruptImage, SnapshotGone
 from qcowfs.geometry import Geometry
 from qcowfs.hostfile import HostFile, ReadRequest
 from qcowfs.inflate import InflatedClusters
@@ -22,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _ZEROS = memoryview(bytes(1 << 20))
 _MOST_REPORTS = 10_000
+_SEEK_WINDOW = 1 << 30
 
 Inflating = list[tuple[Extent, memoryview]]
 
@@ -68,6 +71,7 @@ class ImageView:
     def __init__(self, mapping: Mapping, usage: Usage, size: int, label: str, sources: Sources) -> None:
         """Read `size` bytes through `mapping`."""
         self._usage = usage
+        self._gone = False
         self.mapping = mapping
         self.size = size
         self.label = label
@@ -82,6 +86,8 @@ class ImageView:
         do it. The range must lie within the view's size.
         """
         length = len(buffer)
+        if self._gone:
+            return None
         host = self.mapping.translate(guest, length)
         if host is None:
             extents = self.mapping.get_extents(guest, length)
@@ -98,8 +104,15 @@ class ImageView:
     def is_zero_now(self, guest: int, length: int) -> bool:
         """Whether tables in memory tell that the range reads as zeros, whatever the data file holds."""
         extents = self.mapping.get_extents(guest, min(length, self.size - guest))
+        return extents is not None and self._are_zero(extents)
+
+    async def is_zero(self, guest: int, length: int) -> bool:
+        """As `is_zero_now`, with tables loaded where they are not in memory."""
+        return self._are_zero(await self._resolve_safely(guest, min(length, self.size - guest)))
+
+    def _are_zero(self, extents: list[Extent]) -> bool:
         zero = (ZERO_KIND,) if self._sources.backing is not None else (ZERO_KIND, UNALLOCATED)
-        return extents is not None and all(extent.kind in zero for extent in extents)
+        return all(extent.kind in zero for extent in extents)
 
     async def read_into(self, guest: int, buffer: memoryview) -> None:
         """Fill the buffer with the guest's bytes from `guest` on; zeros beyond the view's size.
@@ -107,6 +120,7 @@ class ImageView:
         Raises `CorruptImage` for damage, naming image, guest and host offset and the rule, and
         `OSError` as the host does.
         """
+        self._refuse_if_gone()
         epoch = self._sources.epochs.enter()
         try:
             await self._read_into(guest, buffer)
@@ -174,6 +188,54 @@ class ImageView:
             else:
                 start = self._sources.geometry.in_cluster(extent.guest_offset)
                 part[:] = memoryview(cluster)[start : start + len(part)]
+
+    async def find_next(self, guest: int, end: int, *, data: bool) -> int | None:
+        """The first offset in `[guest, end)` that holds data, or that reads as zeros; None if none does.
+
+        Data of lower images of the chain counts too; damage counts as data.
+        """
+        end = min(end, self.size)
+        while guest < end:
+            window = min(_SEEK_WINDOW, end - guest)
+            for extent in await self._resolve_safely(guest, window):
+                found = await self._find_in(extent, data=data)
+                if found is not None:
+                    return found
+            guest += window
+            await trio.lowlevel.checkpoint()
+        return None
+
+    async def _resolve_safely(self, guest: int, length: int) -> list[Extent]:
+        """Extents by tables that nobody reuses meanwhile; their data may change at any time."""
+        self._refuse_if_gone()
+        epoch = self._sources.epochs.enter()
+        try:
+            return await self.mapping.resolve(guest, length)
+        finally:
+            self._sources.epochs.leave(epoch)
+
+    def _refuse_if_gone(self) -> None:
+        if self._gone:
+            raise SnapshotGone(f"{self.label}: was deleted")
+
+    def follow(self, successor: ImageView) -> None:
+        """Read what `successor` reads from now on; reads under way end as they began."""
+        self._usage, self.mapping, self.size = successor._usage, successor.mapping, successor.size
+
+    def end(self) -> None:
+        """Fail every later read, since the clusters may be used for something else."""
+        self._gone = True
+
+    async def _find_in(self, extent: Extent, *, data: bool) -> int | None:
+        start, end = extent.guest_offset, extent.guest_offset + extent.length
+        backing = self._sources.backing
+        if extent.kind is not UNALLOCATED or backing is None:
+            return None if self._are_zero([extent]) is data else start
+        below = min(end, backing.size)
+        found = await backing.find_next(start, below, data=data) if start < below else None
+        if found is None and not data and below < end:
+            return max(start, below)
+        return found
 
     @property
     def cluster_size(self) -> int:

@@ -67,7 +67,7 @@ class Writer:
         self.linked = 0
         """Guest clusters that got a host cluster, less those that lost theirs."""
 
-    def write_now(self, guest: GuestOffset, data: bytes) -> bool:
+    def write_now(self, guest: GuestOffset, data: bytes | memoryview) -> bool:
         """Write bytes that lie in one cluster of our own, if that takes no waiting; whether it was done."""
         start = self._known.get(guest >> self._geometry.cluster_bits)
         within = guest & (self._geometry.cluster_size - 1)
@@ -326,6 +326,10 @@ class Writer:
         buffer = bytearray(length)
         await self._view.read_into(guest, memoryview(buffer))
         return buffer
+
+    async def reads_as_zeros(self, guest: GuestOffset, length: int) -> bool:
+        """Whether the tables tell that the range reads as zeros, whatever the data file holds."""
+        return await self._view.is_zero(guest, length)
 
     def link(self, guest: GuestOffset, entry: Entry) -> None:
         """Set a cluster's entry; its table must be ensured."""

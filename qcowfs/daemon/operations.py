@@ -15,6 +15,7 @@ from itertools import count
 
 import pyfuse3
 
+from qcowfs.daemon import space
 from qcowfs.daemon.refusals import Refusals
 from qcowfs.daemon.replies import answers
 from qcowfs.daemon.tree import DiskFile, FactsFile, Folder, Node, Tree
@@ -239,7 +240,7 @@ class Operations(Refusals):
         return reply
 
     @answers
-    async def write(self, fh: int, off: int, buf: bytes) -> int:
+    async def write(self, fh: int, off: int, buf: bytes | memoryview) -> int:
         """Write guest bytes; short only at the end of the disk, beyond it ENOSPC as on a block device."""
         node = self._handles[fh]
         if node.writer is None:
@@ -262,18 +263,39 @@ class Operations(Refusals):
         fh: int | None,
         ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        """Set the live disk's time; its size is that of a block device, its owner and mode the mount's."""
+        """Set the live disk's time; its size stays, its owner and mode are the mount's.
+
+        A size of 0 is what opening with O_TRUNC asks for: nothing, as on a block device.
+        """
         node = self._node(inode)
         if not isinstance(node, DiskFile) or node.writer is None:
             raise pyfuse3.FUSEError(errno.EROFS)
         if fields.update_mode or fields.update_uid or fields.update_gid:
             raise pyfuse3.FUSEError(errno.EPERM)
-        if fields.update_size and attr.st_size != node.view.size:
+        if fields.update_size and attr.st_size not in (0, node.view.size):
             raise pyfuse3.FUSEError(errno.EINVAL)
         if fields.update_mtime:
             node.mtime_ns = attr.st_mtime_ns
             node.written_ns = None
         return self._attributes(node)
+
+    @answers
+    async def fallocate(self, inode: int, mode: int, off: int, length: int) -> None:
+        """Zero a range or give it back; see `space.change_range`."""
+        node = self._disk(inode)
+        await space.change_range(node, mode, off, length)
+        node.written_ns = time.time_ns()
+
+    @answers
+    async def lseek(self, inode: int, off: int, whence: int) -> int:
+        """Find data or a hole; see `space.find_place`."""
+        return await space.find_place(self._disk(inode), off, whence)
+
+    def _disk(self, inode: int) -> DiskFile:
+        node = self._node(inode)
+        if not isinstance(node, DiskFile):
+            raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+        return node
 
     @answers
     async def flush(self, fh: int) -> None:

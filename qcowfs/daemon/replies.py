@@ -28,6 +28,7 @@ ERRNO_OF: dict[type[errors.QcowError], int] = {
     errors.ImageInUse: errno.EBUSY,
     errors.BadPassphrase: errno.EACCES,
     errors.BackingFileError: errno.EIO,
+    errors.SnapshotGone: errno.ESTALE,
 }
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from qcowfs.daemon import eager, mountpoint
+from qcowfs.daemon import eager, mountpoint, shim
+from qcowfs.daemon.direct import DirectOperations
 from qcowfs.daemon.notify import notify_systemd
 from qcowfs.daemon.operations import Operations, Ownership
 from qcowfs.daemon.tree import DISK_NAME, Tree
@@ -55,8 +56,7 @@ async def serve(path: Path, mount_point: Path, options: MountOptions, ready: Cal
     try:
         facts = {b"pid": b"%d" % os.getpid(), b"image": os.fsencode(path)}
         tree = Tree(image, b"".join(name + b"=" + value + b"\n" for name, value in facts.items()))
-        operations = Operations(tree, options.ownership, facts)
-        await _serve_mounted(operations, tree, path, mount_point, options, ready)
+        await _serve_mounted(tree, facts, path, mount_point, options, ready)
     finally:
         with trio.CancelScope(shield=True):
             await _close(image)
@@ -79,29 +79,39 @@ async def rehearse(path: Path, mount_point: Path, options: MountOptions) -> None
 
 
 async def _serve_mounted(
-    operations: Operations,
     tree: Tree,
+    facts: dict[bytes, bytes],
     path: Path,
     mount_point: Path,
     options: MountOptions,
     ready: Callable[[], None],
 ) -> None:
     eager.install()
-    try:
-        pyfuse3.init(operations, str(mount_point), _fuse_options(path, options))
-    except RuntimeError as error:
-        raise MountError(f"mount point {mount_point}: the kernel refused the mount ({error})") from None
-    try:
-        async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery:
+        operations = _operations(tree, options.ownership, facts, nursery)
+        try:
+            pyfuse3.init(operations, str(mount_point), _fuse_options(path, options))
+        except RuntimeError as error:
+            raise MountError(f"mount point {mount_point}: the kernel refused the mount ({error})") from None
+        try:
             nursery.start_soon(_end_on_signals, mount_point)
             nursery.start_soon(_come_alive, mount_point, options, path, ready)
             nursery.start_soon(_count_allocated, tree)
             if tree.disk.writer is not None:
                 nursery.start_soon(write_back_when_idle, tree.disk.writer)
             await pyfuse3.main(min_tasks=_MIN_TASKS)
+        finally:
             nursery.cancel_scope.cancel()
-    finally:
-        pyfuse3.close(unmount=True)
+            pyfuse3.close(unmount=True)
+
+
+def _operations(
+    tree: Tree, ownership: Ownership, facts: dict[bytes, bytes], nursery: trio.Nursery
+) -> Operations:
+    if shim.session is not None:
+        return DirectOperations(tree, ownership, facts, nursery, shim.session)
+    log.warning("without the compiled session: no fallocate, discard or SEEK_HOLE, and slower; see README")
+    return Operations(tree, ownership, facts)
 
 
 def _fuse_options(path: Path, options: MountOptions) -> set[str]:

@@ -5,18 +5,18 @@ Owns when metadata is written back without being asked. Must not know the order 
 
 from __future__ import annotations
 
-import ctypes
 import logging
+import os
 
 import trio
 
 from qcowfs.live import DiskWriter
+from qcowfs.syscalls import set_io_flusher
 
 log = logging.getLogger(__name__)
 
 CHECK_EVERY = 1.0
 LONGEST_DIRTY = 30.0
-_PR_SET_IO_FLUSHER = 57
 
 
 async def write_back_when_idle(writer: DiskWriter) -> None:
@@ -46,6 +46,6 @@ def serve_under_memory_pressure() -> None:
 
     Needs CAP_SYS_RESOURCE; without it the mount works all the same.
     """
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    if prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0):
-        log.debug("not marked as an I/O flusher: errno %d", ctypes.get_errno())
+    refusal = set_io_flusher()
+    if refusal:
+        log.debug("not marked as an I/O flusher: %s", os.strerror(refusal))

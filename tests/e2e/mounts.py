@@ -91,7 +91,7 @@ def mounted(
     finally:
         put_down(mount)
     assert mount.process.returncode == 0, mount.errors.read_text()
-    assert not mount.take_complaints()
+    assert mount.take_complaints() == []
 
 
 def _with_access(options: tuple[Word, ...], *, writable: bool) -> tuple[Word, ...]:

@@ -1,0 +1,139 @@
+"""Requests that the session's compiled part hands over: begun at once, answered at once if nothing waits.
+
+Owns the switch between the two ways: what has to wait is gone on with in pyfuse3's own task, whose buffer
+holds the data until then. Must not know what a request does: that is `operations`.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Awaitable, Coroutine, Generator
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import pyfuse3
+import trio
+
+from qcowfs.daemon.operations import MAX_READ, Operations, Ownership
+from qcowfs.daemon.tree import Tree
+
+if TYPE_CHECKING:
+    from qcowfs.daemon._session import Request
+
+T = TypeVar("T")
+
+
+class Begun(Generic[T]):
+    """A coroutine that ran up to its first wait, in the task that is now to go on with it."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T], wait: object) -> None:
+        """`wait` is what the coroutine yielded to the scheduler."""
+        self._coroutine = coroutine
+        self._wait = wait
+
+    @types.coroutine
+    def finish(self) -> Generator[Any, Any, T]:
+        """Run the rest of the coroutine."""
+        wait = self._wait
+        while True:
+            try:
+                outcome = yield wait
+            except BaseException as error:
+                step = partial(self._coroutine.throw, error)
+            else:
+                step = partial(self._coroutine.send, outcome)
+            try:
+                wait = step()
+            except StopIteration as done:
+                result: T = done.value
+                return result
+
+
+class DirectOperations(Operations):
+    """The handlers of one mount, with reads and writes begun as soon as they arrive."""
+
+    def __init__(
+        self, tree: Tree, ownership: Ownership, facts: dict[bytes, bytes],
+        nursery: trio.Nursery, session: ModuleType,
+    ) -> None:  # fmt: skip
+        """As `Operations`; what pyfuse3 has no handlers for runs in tasks of `nursery`."""
+        super().__init__(tree, ownership, facts)
+        self._nursery = nursery
+        self._session = session
+        session.set_handlers(self.begin_read, self.begin_write, self.begin_fallocate, self.begin_lseek)
+        self._begun: Begun[Any] | None = None
+        self._quick = memoryview(self._buffers.take())
+
+    def begin_read(self, fh: int, off: int, size: int) -> memoryview | bytes | int | None:
+        """The bytes, a negative errno, or None if pyfuse3's handler has to wait for them."""
+        node = self._handles.get(fh)
+        if node is not None and size <= MAX_READ and off + size <= node.view.size:
+            try:
+                found = node.view.read_now(off, self._quick[:size])
+            except OSError:
+                found = None  # answered, and logged, below
+            if found is not None:
+                return found
+        return self._begin(super().read(fh, off, size))
+
+    def begin_write(self, fh: int, off: int, data: memoryview) -> int | None:
+        """How many bytes were written, a negative errno, or None if pyfuse3's handler has to wait."""
+        return self._begin(super().write(fh, off, data))
+
+    def _begin(self, coroutine: Coroutine[Any, Any, T]) -> T | int | None:
+        try:
+            wait = coroutine.send(None)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        except pyfuse3.FUSEError as error:
+            return -error.errno
+        self._begun = Begun(coroutine, wait)
+        return None
+
+    def begin_fallocate(self, request: Request, inode: int, mode: int, off: int, length: int) -> None:
+        """Answer a fallocate request, later."""
+        self._nursery.start_soon(self._answer, request, self.fallocate(inode, mode, off, length))
+
+    def begin_lseek(self, request: Request, inode: int, _fh: int, off: int, whence: int) -> None:
+        """Answer an lseek request, later."""
+        self._nursery.start_soon(self._answer, request, self.lseek(inode, off, whence))
+
+    async def _answer(self, request: Request, work: Awaitable[int | None]) -> None:
+        """Do the work and answer with the number that it gives, or with its error."""
+        self._session.note_waiting(1)
+        try:
+            result = await work
+        except pyfuse3.FUSEError as error:
+            self._session.reply_error(request, error.errno)
+        else:
+            if result is None:
+                self._session.reply_error(request, 0)
+            else:
+                self._session.reply_offset(request, result)
+        finally:
+            self._session.note_waiting(-1)
+
+    async def read(  # type: ignore[override]  # any buffer will do, whatever the stub says
+        self, fh: int, off: int, size: int
+    ) -> memoryview | bytes:
+        """Go on with the read that was begun."""
+        return await self._finish(super().read(fh, off, size))
+
+    async def write(self, fh: int, off: int, buf: bytes | memoryview) -> int:
+        """Go on with the write that was begun."""
+        return await self._finish(super().write(fh, off, buf))
+
+    async def _finish(self, anew: Coroutine[Any, Any, T]) -> T:
+        """Finish what was begun just now, else run the handler from its start."""
+        begun, self._begun = self._begun, None
+        self._session.note_waiting(1)
+        try:
+            if begun is None:
+                return await anew
+            anew.close()
+            result: T = await begun.finish()
+            return result
+        finally:
+            self._session.note_waiting(-1)

@@ -1,0 +1,91 @@
+"""What changes an open image as a whole: its snapshots and its size.
+
+Owns these calls and what is refused. Must not know how a state is laid out or put in force. Everything
+written before a call belongs to the old state and nothing written later; writers wait meanwhile, readers do
+not. A crash leaves the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from qcowfs import snapshotting
+from qcowfs.draft import Draft
+from qcowfs.errors import CorruptImage, ReadOnlyError, UnsupportedFeature, UsageError
+from qcowfs.format.snapshot_table import Snapshot
+from qcowfs.image import Image
+from qcowfs.live import DiskWriter
+from qcowfs.snapshotting import Plan
+from qcowfs.text import quoted
+
+
+async def create_snapshot(image: Image, name: bytes) -> Snapshot:
+    """Take a snapshot of the live disk; every name will do, also one that is taken.
+
+    Raises, as all functions here: `ReadOnlyError`, `UnsupportedFeature` and `UsageError` where it cannot
+    be done, `CorruptImage` for damage in the way, `OSError` as the host does; then nothing has changed.
+    """
+    await _change(image, snapshotting.create(name))
+    return image.snapshots[-1]
+
+
+async def delete_snapshot(image: Image, snapshot: Snapshot) -> None:
+    """Drop a snapshot; what only it held is free, and later reads of its views fail."""
+    _find(image, snapshot)
+    await _change(image, snapshotting.delete(snapshot))
+
+
+async def rename_snapshot(image: Image, snapshot: Snapshot, name: bytes) -> Snapshot:
+    """Give a snapshot another name; the record that it has now."""
+    position = _find(image, snapshot)
+    await _change(image, snapshotting.rename(snapshot, name))
+    return image.snapshots[position]
+
+
+async def revert(image: Image, snapshot: Snapshot) -> None:
+    """Set the live disk to a snapshot's content and size; what was written since is lost."""
+    _find(image, snapshot)
+    await _change(image, snapshotting.revert(snapshot))
+
+
+async def resize(image: Image, size: int, *, shrink: bool = False) -> None:
+    """Give the live disk `size` bytes; what is new reads as zeros, whatever lies below.
+
+    A smaller size needs `shrink`.
+    """
+    old = image.active.size
+    if size < old and not shrink:
+        raise UsageError(f"{image.label}: {size} bytes are less than the {old} that it has; --shrink cuts it")
+    if size > old:
+        await _writer(image).clear_tail()
+    below = 0 if image.backing is None else image.backing.size
+    await _change(image, snapshotting.resize(size, below))
+
+
+def _find(image: Image, snapshot: Snapshot) -> int:
+    if snapshot not in image.snapshots:
+        raise UsageError(f"{image.label}: the snapshot {quoted(snapshot.name)} is no more")
+    return image.snapshots.index(snapshot)
+
+
+def _writer(image: Image) -> DiskWriter:
+    if image.writer is None:
+        raise ReadOnlyError(f"{image.label}: is open for reading only")
+    return image.writer
+
+
+async def _change(image: Image, plan: Plan) -> None:
+    writer = _writer(image)
+    async with writer.alone() as protected:
+        try:
+            draft = await Draft.begin(image.file, image.header, image.snapshots, protected)
+            await plan(draft)
+        except (CorruptImage, UsageError, UnsupportedFeature) as error:
+            raise type(error)(f"{image.label}: {error}") from None
+        with trio.CancelScope(shield=True):
+            try:
+                await draft.put_in_force()
+            except CorruptImage:
+                writer.forbid()
+                raise
+            await image.follow(writer, draft.replaced)
