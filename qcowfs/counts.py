@@ -138,8 +138,10 @@ class Counts:
         return runs_of(freed)
 
     def _note(self, clusters: Clusters) -> None:
+        """Note the blocks that count some clusters, given in order."""
         if len(clusters):
-            self._changed.update(np.unique(clusters // self.per_block).tolist())
+            blocks = clusters // self.per_block
+            self._changed.update(blocks[np.flatnonzero(np.diff(blocks))].tolist(), [int(blocks[-1])])
 
     # -- allocating
 

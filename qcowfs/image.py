@@ -41,7 +41,7 @@ from qcowfs.format.words import TABLE_WORDS
 from qcowfs.geometry import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, Geometry
 from qcowfs.hostfile import HostFile, OsHostFile
 from qcowfs.inflate import InflatedClusters, InflatedStore
-from qcowfs.live import DiskWriter, Parts, make_writer
+from qcowfs.live import DetectZeroes, DiskWriter, Parts, make_writer
 from qcowfs.mapping import Mapping
 from qcowfs.snapshots import load_snapshots
 from qcowfs.text import printable, quoted
@@ -61,7 +61,8 @@ class OpenOptions:
     `data_file` is the path that the user permits as external data file. `lost_data_as_zeros` makes
     damage read as zeros. `force_share` reads beside a writer. `table_cache` bounds the metadata tables
     in memory over the whole chain, `inflated_cache` the inflated clusters. A `writable` image takes
-    the locks of a writer; what lies below it is only read.
+    the locks of a writer; what lies below it is only read. `detect_zeroes` tells what becomes of writes
+    of zeros.
     """
 
     backing: BackingPolicy = field(default_factory=BackingPolicy)
@@ -72,6 +73,7 @@ class OpenOptions:
     inflated_cache: int = inflate.DEFAULT_CACHE_BYTES
     open_host: OpenHost = open_for_reading
     writable: bool = False
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
     open_writable: OpenHost = open_for_writing
 
 
@@ -101,6 +103,7 @@ class Image:
         self._l2_tables: TableCache
         self._slices: SliceStore
         self.writer: DiskWriter | None = None
+        self._detect_zeroes = DetectZeroes.OFF
         self._sources: Sources
         self.active: ImageView
 
@@ -144,7 +147,7 @@ class Image:
         return Parts(
             self.label, self.header, self.file, self.data_file, self.snapshots, self.active,
             self._l1_tables, self._l2_tables, self._slices, self._sources.epochs,
-            has_backing=self.backing is not None,
+            has_backing=self.backing is not None, detect_zeroes=self._detect_zeroes,
         )  # fmt: skip
 
     async def follow(self, writer: DiskWriter, freed: list[range]) -> None:
@@ -205,6 +208,7 @@ class Image:
                 self.snapshots = await load_snapshots(self.file, self.header)
             except CorruptImage as error:
                 raise CorruptImage(f"{self.label}: {error}") from None
+        self._detect_zeroes = chain.options.detect_zeroes
         self._open_data_file(chain.options, top=top)
         self._slices = chain.slices
         self._make_caches()

@@ -109,10 +109,11 @@ async def _describe_snapshots(
         warn(f"{shown_as}: {error}")
         return []
     names = file_names(snapshots)
-    return [_describe_snapshot(s, n) for s, n in zip(snapshots, names, strict=True)]
+    return [describe_snapshot(s, n) for s, n in zip(snapshots, names, strict=True)]
 
 
-def _describe_snapshot(snapshot: Snapshot, file_name: str) -> Record:
+def describe_snapshot(snapshot: Snapshot, file_name: str) -> Record:
+    """A snapshot with the keys of `qemu-img info`, and the name of its file."""
     record = {
         "id": os.fsdecode(snapshot.id),
         "name": os.fsdecode(snapshot.name),

@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from enum import Enum
 
 from qcowfs.cache import SliceStore, TableCache
 from qcowfs.cluster_locks import ClusterLocks
@@ -30,13 +31,21 @@ from qcowfs.metadata_map import MetadataMap
 from qcowfs.refcounts import Refcounts
 from qcowfs.views import ImageView
 from qcowfs.writing import Target, Writer
-from qcowfs.zeroing import Zeroer
+from qcowfs.zeroing import Zeroer, is_zero
 
 log = logging.getLogger(__name__)
 
 _L1_PIECE = 1 << 20
 _CORRUPT = Incompatible.CORRUPT.value
 INCOMPATIBLE_FIELD, AUTOCLEAR_FIELD = 72, 88
+
+
+class DetectZeroes(Enum):
+    """What becomes of a write of zeros: data like any other, zero clusters, or clusters given back."""
+
+    OFF = "off"
+    ON = "on"
+    UNMAP = "unmap"
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class Parts:
     slices: SliceStore
     epochs: ReadEpochs
     has_backing: bool
+    detect_zeroes: DetectZeroes
 
 
 class DiskWriter:
@@ -70,6 +80,7 @@ class DiskWriter:
         self._flusher = flusher
         self._incompatible = parts.header.incompatible
         self._prepared = False
+        self._detect = parts.detect_zeroes
         self._gate = Gate()
         self.writes = 0
         """How many changes were asked for so far."""
@@ -77,6 +88,8 @@ class DiskWriter:
     def write_now(self, guest: int, data: bytes | memoryview) -> bool:
         """Write bytes within the disk in place if that takes no waiting; False leaves it to `write`."""
         if not self._prepared or self._incompatible & _CORRUPT or not self._gate.is_open:
+            return False
+        if self._detect is not DetectZeroes.OFF and is_zero(data):
             return False
         self.writes += 1
         return self._writer.write_now(guest, data)
@@ -86,6 +99,9 @@ class DiskWriter:
 
         Raises `CorruptImage` where the image contradicts itself, `OSError` as the host does.
         """
+        if self._detect is not DetectZeroes.OFF and is_zero(data):
+            await self.zero(guest, len(data), unmap=self._detect is DetectZeroes.UNMAP)
+            return
         async with self._changing(guest, len(data)):
             await self._writer.write(guest, memoryview(data))
 

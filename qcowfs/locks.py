@@ -106,23 +106,27 @@ def _holds(process: Path, fd: int, status: os.stat_result, byte: int) -> bool:
     except OSError:
         return False
     own = int(process.name) == os.getpid()
-    for link in links:
-        if own and link.name == str(fd):
-            continue
-        try:
-            if not os.path.samestat(link.stat(), status):
-                continue
-            text = (process / "fdinfo" / link.name).read_text()
-        except OSError:
-            continue
-        if any(_covers(line, byte) for line in text.splitlines() if line.startswith("lock:")):
-            return True
-    return False
+    others = (link for link in links if not own or link.name != str(fd))
+    return any(_locks(process, link, status, byte) for link in others)
 
 
-def _covers(line: str, byte: int) -> bool:
-    first, last = line.split()[-2:]
-    return int(first) <= byte and (last == "EOF" or byte <= int(last))
+def _locks(process: Path, link: Path, status: os.stat_result, byte: int) -> bool:
+    """Whether a descriptor locks the byte of that file.
+
+    The file is looked at only if a lock names its inode: a look at any other may wait for a dead mount.
+    """
+    try:
+        lines = (process / "fdinfo" / link.name).read_text().splitlines()
+        held = [line for line in lines if line.startswith("lock:") and _covers(line, status.st_ino, byte)]
+        return bool(held) and os.path.samestat(link.stat(), status)
+    except OSError:
+        return False
+
+
+def _covers(line: str, inode: int, byte: int) -> bool:
+    where, first, last = line.split()[-3:]
+    same = where.rpartition(":")[2] == str(inode)
+    return same and int(first) <= byte and (last == "EOF" or byte <= int(last))
 
 
 def _program_of(process: Path) -> str:

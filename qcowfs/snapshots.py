@@ -7,7 +7,9 @@ or a terminal cannot carry become %XX; a name that is then empty, too long or al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Container, Iterator
 
 from qcowfs.errors import CorruptImage, UsageError
 from qcowfs.format.header import Header
@@ -19,6 +21,7 @@ SUFFIX = ".raw"
 MAX_FILE_NAME = 255
 _CHUNK = 64 << 10
 _LONGEST_ID = 32
+_ESCAPED = re.compile(rb"%([0-9A-F]{2})")
 
 
 async def load_snapshots(file: HostFile, header: Header) -> list[Snapshot]:
@@ -66,17 +69,30 @@ def find_snapshot(snapshots: list[Snapshot], wanted: str) -> Snapshot:
 
 def file_names(snapshots: list[Snapshot]) -> list[str]:
     """A unique file name for each snapshot, in their order; see the module's rule."""
-    taken: set[str] = set()
-    names = []
+    names: list[str] = []
     for position, snapshot in enumerate(snapshots, 1):
-        name = next(n for n in _candidates(snapshot, position) if n and n not in taken)
-        taken.add(name)
-        names.append(name + SUFFIX)
+        names.append(file_name(snapshot, position, set(names)))
     return names
 
 
+def file_name(snapshot: Snapshot, position: int, taken: Container[str]) -> str:
+    """The file name of the snapshot at a position of the table, counted from 1, beside those taken."""
+    named = (name + SUFFIX for name in _candidates(snapshot, position))
+    return next(name for name in named if name not in taken)
+
+
+def name_of(file_name: str) -> bytes | None:
+    """The snapshot name that gets this file name where it is free; None if no name does."""
+    text = file_name.removesuffix(SUFFIX)
+    try:
+        name = _ESCAPED.sub(lambda match: bytes([int(match[1], 16)]), os.fsencode(text))
+    except ValueError:
+        return None
+    return name if text and text != file_name and escape(name) == text else None
+
+
 def _candidates(snapshot: Snapshot, position: int) -> Iterator[str]:
-    """Names to try in turn, without the suffix; the last one is always free."""
+    """Names to try in turn, without the suffix; none is empty, and the last one is always free."""
     pieces = _escaped(snapshot.name)
     name = "".join(pieces)
     if _fits(name):

@@ -18,6 +18,17 @@ Change = Callable[[Entry], Entry | None]
 Part = Callable[[int, int], Awaitable[None]]
 
 
+_ZEROS = bytes(1 << 20)
+
+
+def is_zero(data: bytes | bytearray | memoryview) -> bool:
+    """Whether all bytes are zero; most data tell by their first few."""
+    view = memoryview(data)
+    if any(view[:16]):
+        return False
+    return all(view[i : i + len(_ZEROS)] == _ZEROS[: len(view) - i] for i in range(0, len(view), len(_ZEROS)))
+
+
 class Zeroer:
     """Zeroes and discards on an image's live disk."""
 

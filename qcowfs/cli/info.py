@@ -33,19 +33,19 @@ def run(args: argparse.Namespace) -> int:
 
     record = trio.run(read_info, Path(args.image), args.image, complain)
     if args.json:
-        print(json.dumps(_encodable(record), indent=4))
+        print(json.dumps(encodable(record), indent=4))
     else:
         print("\n".join(_lines(record)))
     return 0
 
 
-def _encodable(value: Any) -> Any:  # noqa: ANN401 - JSON values
+def encodable(value: Any) -> Any:  # noqa: ANN401 - JSON values
     """The value with bytes that are not UTF-8 shown as escapes, since JSON is text."""
     if isinstance(value, str):
         return os.fsencode(value).decode("utf-8", "backslashreplace")
     if isinstance(value, dict):
-        return {key: _encodable(item) for key, item in value.items()}
-    return [_encodable(item) for item in value] if isinstance(value, list) else value
+        return {key: encodable(item) for key, item in value.items()}
+    return [encodable(item) for item in value] if isinstance(value, list) else value
 
 
 def _lines(record: Record) -> Iterator[str]:
@@ -67,12 +67,12 @@ def _lines(record: Record) -> Iterator[str]:
         if "backing-filename-format" in record:
             yield f"backing file format: {record['backing-filename-format']}"
     if record.get("snapshots"):
-        yield from _snapshot_lines(record["snapshots"])
+        yield from snapshot_lines(record["snapshots"])
     yield "Format specific information:"
     yield from _tree(record["format-specific"]["data"], "    ")
 
 
-def _snapshot_lines(snapshots: list[Record]) -> Iterator[str]:
+def snapshot_lines(snapshots: list[Record]) -> Iterator[str]:
     """A table that gives each snapshot's true name and its file below snapshots/."""
     yield "Snapshot list:"
     rows = [("ID", "NAME", "VM SIZE", "DISK SIZE", "DATE", "FILE")]

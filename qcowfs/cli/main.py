@@ -19,6 +19,8 @@ COMMANDS = {
     "mount": "show an image's live disk and snapshots as raw files",
     "umount": "end a mount and free its image",
     "info": "tell what an image is and holds",
+    "snapshot": "list, take, drop, rename or go back to snapshots",
+    "resize": "change the size of the live disk",
 }
 
 EPILOG = """exit codes: 0 done, 1 the host failed (file, disk), 2 wrong usage or not a qcow2 image,

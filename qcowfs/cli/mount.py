@@ -29,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", metavar="OPTION[,OPTION...]",
         help="options as mount(8) gives them; any long option of this command also works here",
     )  # fmt: skip
+    parser.add_argument(
+        "--detect-zeroes", choices=("off", "on", "unmap"), default="off",
+        help="what becomes of writes of zeros: data (the default), zero clusters, or clusters given back",
+    )  # fmt: skip
     image_options.add_arguments(parser)
     _add_showing(parser.add_argument_group("showing the files"))
     log = parser.add_argument_group("logging")
@@ -75,12 +79,14 @@ def _serve_guarded(args: argparse.Namespace, ready: Callable[[str], None]) -> in
 
 
 def _serve(args: argparse.Namespace, ready: Callable[[str], None]) -> int:
+    from dataclasses import replace
     from functools import partial
 
     import trio
 
     from qcowfs.cli import logs
     from qcowfs.cli.exits import raise_single
+    from qcowfs.live import DetectZeroes
 
     try:
         from qcowfs.daemon.operations import Ownership
@@ -94,7 +100,7 @@ def _serve(args: argparse.Namespace, ready: Callable[[str], None]) -> int:
         ownership=Ownership(args.uid, args.gid, args.mode),
         allow_other=args.allow_other,
         read_ahead=args.read_ahead,
-        open=image_options.open_options(args),
+        open=replace(image_options.open_options(args), detect_zeroes=DetectZeroes(args.detect_zeroes)),
     )
     image, mount_point = args.image, Path(args.mount_point)
     if args.dry_run:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import pyfuse3
 import trio
 
-from qcowfs.daemon.operations import MAX_READ, Operations, Ownership
-from qcowfs.daemon.tree import Tree
+from qcowfs.daemon.changes import ChangingOperations
+from qcowfs.daemon.control import Control
+from qcowfs.daemon.operations import MAX_READ, Ownership
 
 if TYPE_CHECKING:
     from qcowfs.daemon._session import Request
@@ -50,15 +51,15 @@ class Begun(Generic[T]):
                 return result
 
 
-class DirectOperations(Operations):
+class DirectOperations(ChangingOperations):
     """The handlers of one mount, with reads and writes begun as soon as they arrive."""
 
     def __init__(
-        self, tree: Tree, ownership: Ownership, facts: dict[bytes, bytes],
+        self, control: Control, ownership: Ownership, facts: dict[bytes, bytes],
         nursery: trio.Nursery, session: ModuleType,
     ) -> None:  # fmt: skip
-        """As `Operations`; what pyfuse3 has no handlers for runs in tasks of `nursery`."""
-        super().__init__(tree, ownership, facts)
+        """As `ChangingOperations`; what pyfuse3 has no handlers for runs in tasks of `nursery`."""
+        super().__init__(control, ownership, facts)
         self._nursery = nursery
         self._session = session
         session.set_handlers(self.begin_read, self.begin_write, self.begin_fallocate, self.begin_lseek)

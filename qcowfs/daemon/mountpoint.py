@@ -15,8 +15,8 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from qcowfs.daemon.holders import users_of
 from qcowfs.errors import MountError, UsageError
-from qcowfs.text import printable
 
 FS_TYPE = "fuse.qcowfs"
 FACTS_FILE = ".qcowfs"
@@ -106,7 +106,7 @@ def unmount(mount_point: Path, *, lazy: bool = False) -> None:
     try:
         _run_unmount(mount_point, lazy=lazy)
     except MountError as error:
-        users = ", ".join(_users(mount_point))
+        users = ", ".join(users_of(mount_point))
         raise MountError(f"{str(error).rstrip('.')}; in use by {users}" if users else str(error)) from None
     if daemon is not None:
         _wait_for_end(daemon)
@@ -136,27 +136,3 @@ def _run_unmount(mount_point: Path, *, lazy: bool) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise MountError(result.stderr.strip() or f"{command[0]} failed on {mount_point}")
-
-
-def _users(mount_point: Path) -> Iterator[str]:
-    """Loop devices over files of the mount, and processes with files or their folder in it."""
-    where = os.path.realpath(mount_point)
-    for device in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
-        if _is_below(device.read_text().strip(), where):
-            yield f"/dev/{device.parent.parent.name}"
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit() and _uses(process, where):
-            program = printable((process / "comm").read_bytes().strip())
-            yield f"pid {process.name} ({program})"
-
-
-def _uses(process: Path, where: str) -> bool:
-    try:
-        links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
-        return any(_is_below(str(link.readlink()), where) for link in links)
-    except OSError:
-        return False
-
-
-def _is_below(path: str, where: str) -> bool:
-    return path == where or path.startswith(where + "/")

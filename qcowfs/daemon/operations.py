@@ -123,10 +123,13 @@ class Operations(Refusals):
         entry.st_blksize = self._cluster_size
         entry.attr_timeout = entry.entry_timeout = EXACT_TIMEOUT
         if isinstance(node, Folder):
+            writable = node is self._tree.snapshots and self._tree.disk.writer is not None
             entry.st_mode = stat.S_IFDIR | self._ownership.folder_mode
+            entry.st_mode |= self._ownership.mode & 0o222 if writable else 0
             entry.st_nlink = 2
         elif isinstance(node, FactsFile):
-            entry.st_mode = stat.S_IFREG | self._ownership.mode & 0o444
+            permitted = 0o666 if self._tree.disk.writer is not None else 0o444
+            entry.st_mode = stat.S_IFREG | self._ownership.mode & permitted
             entry.st_nlink, entry.st_size = 1, len(node.content)
         else:
             self._describe_disk(entry, node)

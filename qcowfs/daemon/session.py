@@ -17,9 +17,11 @@ import pyfuse3
 import trio
 
 from qcowfs.daemon import eager, mountpoint, shim
+from qcowfs.daemon.changes import ChangingOperations
+from qcowfs.daemon.control import Control, sync_pages
 from qcowfs.daemon.direct import DirectOperations
 from qcowfs.daemon.notify import notify_systemd
-from qcowfs.daemon.operations import Operations, Ownership
+from qcowfs.daemon.operations import Ownership
 from qcowfs.daemon.tree import DISK_NAME, Tree
 from qcowfs.daemon.write_back import serve_under_memory_pressure, write_back_when_idle
 from qcowfs.errors import MountError, QcowError
@@ -56,7 +58,7 @@ async def serve(path: Path, mount_point: Path, options: MountOptions, ready: Cal
     try:
         facts = {b"pid": b"%d" % os.getpid(), b"image": os.fsencode(path)}
         tree = Tree(image, b"".join(name + b"=" + value + b"\n" for name, value in facts.items()))
-        await _serve_mounted(tree, facts, path, mount_point, options, ready)
+        await _serve_mounted(Control(image, tree, mount_point), facts, path, mount_point, options, ready)
     finally:
         with trio.CancelScope(shield=True):
             await _close(image)
@@ -79,7 +81,7 @@ async def rehearse(path: Path, mount_point: Path, options: MountOptions) -> None
 
 
 async def _serve_mounted(
-    tree: Tree,
+    control: Control,
     facts: dict[bytes, bytes],
     path: Path,
     mount_point: Path,
@@ -88,7 +90,8 @@ async def _serve_mounted(
 ) -> None:
     eager.install()
     async with trio.open_nursery() as nursery:
-        operations = _operations(tree, options.ownership, facts, nursery)
+        tree = control.tree
+        operations = _operations(control, options.ownership, facts, nursery)
         try:
             pyfuse3.init(operations, str(mount_point), _fuse_options(path, options))
         except RuntimeError as error:
@@ -106,12 +109,12 @@ async def _serve_mounted(
 
 
 def _operations(
-    tree: Tree, ownership: Ownership, facts: dict[bytes, bytes], nursery: trio.Nursery
-) -> Operations:
+    control: Control, ownership: Ownership, facts: dict[bytes, bytes], nursery: trio.Nursery
+) -> ChangingOperations:
     if shim.session is not None:
-        return DirectOperations(tree, ownership, facts, nursery, shim.session)
+        return DirectOperations(control, ownership, facts, nursery, shim.session)
     log.warning("without the compiled session: no fallocate, discard or SEEK_HOLE, and slower; see README")
-    return Operations(tree, ownership, facts)
+    return ChangingOperations(control, ownership, facts)
 
 
 def _fuse_options(path: Path, options: MountOptions) -> set[str]:
@@ -138,19 +141,10 @@ async def _end_on_signals(mount_point: Path) -> None:
             log.info("ending on %s", signal.Signals(number).name)
             notify_systemd(STOPPING="1")
             try:
-                await run_in_thread(_sync_pages, mount_point)
+                await run_in_thread(sync_pages, mount_point / os.fsdecode(DISK_NAME))
             except OSError as error:
                 log.error("%s: cannot write back cached pages: %s", mount_point, error)  # noqa: TRY400
             pyfuse3.terminate()
-
-
-def _sync_pages(mount_point: Path) -> None:
-    """Make the kernel hand over what programs wrote through mappings."""
-    fd = os.open(mount_point / os.fsdecode(DISK_NAME), os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 async def _come_alive(

@@ -5,6 +5,7 @@ Owns inode numbers, which are never used twice in a mount's life. Must not know 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -12,7 +13,7 @@ from itertools import count
 from qcowfs.format.snapshot_table import Snapshot
 from qcowfs.image import Image
 from qcowfs.live import DiskWriter
-from qcowfs.snapshots import file_names
+from qcowfs.snapshots import file_name
 from qcowfs.views import ImageView
 
 ROOT_INODE = 1
@@ -81,6 +82,7 @@ class Tree:
         """Show the image's live disk and its snapshots, and `facts` to who knows where they are."""
         self._numbers = count(ROOT_INODE)
         self._nodes: dict[int, Node] = {}
+        self._gone: set[int] = set()
         mtime = image.file.facts().mtime_ns
         self.root = self._folder(mtime)
         self.disk = self._file(mtime, image.active, None)
@@ -89,9 +91,9 @@ class Tree:
         self.facts = FactsFile(next(self._numbers), mtime, facts)
         self._nodes[self.facts.inode] = self.facts
         self.root.entries = {DISK_NAME: self.disk, SNAPSHOTS_NAME: self.snapshots}
-        for snapshot, name in zip(image.snapshots, file_names(image.snapshots), strict=True):
-            view = image.snapshot_view(snapshot)
-            self.snapshots.entries[name.encode()] = self._file(snapshot.date_ns, view, snapshot)
+        self._image = image
+        for snapshot in image.snapshots:
+            self.add_snapshot(snapshot)
 
     def get(self, inode: int) -> Node | None:
         """The node with that inode number."""
@@ -107,9 +109,45 @@ class Tree:
             return self.facts
         return folder.entries.get(name)
 
+    def file_of(self, snapshot: Snapshot) -> tuple[bytes, DiskFile]:
+        """The name and the file of a snapshot that is listed."""
+        entries = self.snapshots.entries.items()
+        return next((n, f) for n, f in entries if isinstance(f, DiskFile) and f.snapshot == snapshot)
+
+    def add_snapshot(self, snapshot: Snapshot) -> DiskFile:
+        """List a snapshot that the image has now."""
+        view = self._image.snapshot_view(snapshot)
+        file = self._file(snapshot.date_ns, view, snapshot)
+        self.snapshots.entries[self._free_name(snapshot)] = file
+        return file
+
+    def remove_snapshot(self, name: bytes, file: DiskFile) -> None:
+        """List a snapshot no more; who has it open cannot read it any further."""
+        file.view.end()
+        del self.snapshots.entries[name]
+        self._gone.add(file.inode)
+
+    def rename_snapshot(self, name: bytes, file: DiskFile, snapshot: Snapshot) -> bytes:
+        """List a snapshot under what it is called now; its new file name."""
+        del self.snapshots.entries[name]
+        file.snapshot = snapshot
+        new = self._free_name(snapshot)
+        self.snapshots.entries[new] = file
+        return new
+
+    def forget(self, inode: int) -> None:
+        """Drop a node that is not listed any more, since the kernel has."""
+        if inode in self._gone:
+            self._gone.remove(inode)
+            del self._nodes[inode]
+
+    def _free_name(self, snapshot: Snapshot) -> bytes:
+        taken = {os.fsdecode(name) for name in self.snapshots.entries}
+        return os.fsencode(file_name(snapshot, self._image.snapshots.index(snapshot) + 1, taken))
+
     def __len__(self) -> int:
         """How many nodes a listing shows."""
-        return len(self._nodes) - 1
+        return len(self._nodes) - len(self._gone) - 1
 
     def _folder(self, mtime_ns: int) -> Folder:
         folder = Folder(next(self._numbers), mtime_ns)

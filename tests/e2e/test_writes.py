@@ -190,15 +190,12 @@ REFUSED: dict[str, tuple[int, Callable[[Path], object]]] = {
     "change the mode": (errno.EPERM, lambda folder: (folder / "disk.raw").chmod(0o644)),
     "change the owner": (errno.EPERM, lambda folder: os.chown(folder / "disk.raw", 1, 1)),
     "shrink": (errno.EINVAL, lambda folder: os.truncate(folder / "disk.raw", SIZE - SECTOR)),
-    "grow": (errno.EINVAL, lambda folder: os.truncate(folder / "disk.raw", SIZE + SECTOR)),
-    "remove": (errno.EROFS, lambda folder: (folder / "disk.raw").unlink()),
-    "rename": (errno.EROFS, lambda folder: (folder / "disk.raw").rename(folder / "other")),
-    "create": (errno.EROFS, lambda folder: (folder / "new").touch()),
+    "remove": (errno.EPERM, lambda folder: (folder / "disk.raw").unlink()),
+    "rename": (errno.EPERM, lambda folder: (folder / "disk.raw").rename(folder / "other")),
+    "create": (errno.EPERM, lambda folder: (folder / "new").touch()),
     "make a folder": (errno.EROFS, lambda folder: (folder / "new").mkdir()),
     "write to a snapshot": (errno.EROFS, lambda folder: _snapshot(folder).open("r+b")),
-    "touch a snapshot": (errno.EROFS, lambda folder: os.utime(_snapshot(folder))),
     "cut a snapshot": (errno.EROFS, lambda folder: os.truncate(_snapshot(folder), 0)),
-    "remove a snapshot": (errno.EROFS, lambda folder: _snapshot(folder).unlink()),
 }
 
 
@@ -207,7 +204,7 @@ def _snapshot(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("number", "change"), REFUSED.values(), ids=REFUSED)
-def test_nothing_but_the_content_of_the_live_disk_can_be_changed(
+def test_nothing_but_the_content_and_snapshots_can_be_changed(
     number: int, change: Callable[[Path], object], mount: Mount
 ) -> None:
     with pytest.raises(OSError, match=os.strerror(number)) as caught:
