@@ -26,16 +26,16 @@ class Gate:
         """Whether one may pass without waiting."""
         return not self._alone.locked()
 
-    @asynccontextmanager
-    async def passing(self) -> AsyncIterator[None]:
-        """Pass beside others, once nobody is or wants to be alone."""
+    async def enter(self) -> None:
+        """Pass beside others, once nobody is or wants to be alone; `leave` has to follow."""
         while self._alone.locked():
             await self._changed.park()
         self._passing += 1
-        try:
-            yield
-        finally:
-            self._passing -= 1
+
+    def leave(self) -> None:
+        """End what `enter` began."""
+        self._passing -= 1
+        if not self._passing and self._alone.locked():
             self._changed.unpark_all()
 
     @asynccontextmanager

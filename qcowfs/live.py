@@ -7,10 +7,11 @@ know how bytes find their clusters.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from qcowfs.cache import SliceStore, TableCache
 from qcowfs.cluster_locks import ClusterLocks
@@ -102,23 +103,23 @@ class DiskWriter:
         if self._detect is not DetectZeroes.OFF and is_zero(data):
             await self.zero(guest, len(data), unmap=self._detect is DetectZeroes.UNMAP)
             return
-        async with self._changing(guest, len(data)):
-            await self._writer.write(guest, memoryview(data))
+        await self._change(guest, len(data), self._writer.write(guest, memoryview(data)))
 
     async def zero(self, guest: int, length: int, *, unmap: bool = False) -> None:
         """Make a range read as zeros, giving its clusters back with `unmap`; raises as `write` does."""
-        async with self._changing(guest, length):
-            await self._zeroer.zero(guest, length, unmap=unmap)
+        await self._change(guest, length, self._zeroer.zero(guest, length, unmap=unmap))
 
     async def discard(self, guest: int, length: int) -> None:
         """Give back the whole clusters of a range; raises as `write` does."""
-        async with self._changing(guest, length):
-            await self._zeroer.discard(guest, length)
+        await self._change(guest, length, self._zeroer.discard(guest, length))
 
     async def flush(self) -> None:
         """Return when everything written so far is on disk. Raises `OSError` as the host does."""
-        async with self._gate.passing():
+        await self._gate.enter()
+        try:
             await self._flusher.flush()
+        finally:
+            self._gate.leave()
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[MetadataMap]:
@@ -137,9 +138,8 @@ class DiskWriter:
         length = -size % self._parts.header.geometry.cluster_size
         if not length:
             return
-        async with self._changing(size, 0):
-            if not await self._writer.reads_as_zeros(size - 1, length + 1):
-                await self._writer.write(size, memoryview(bytes(length)))
+        if not await self._writer.reads_as_zeros(size - 1, length + 1):
+            await self._change(size, 0, self._writer.write(size, memoryview(bytes(length))))
 
     def take_over(self, successor: DiskWriter, freed: list[range]) -> None:
         """Go on as `successor`, which was made of the image's new state; `freed` is not used any more."""
@@ -168,15 +168,17 @@ class DiskWriter:
         """Whether anything waits to reach the disk."""
         return self._flusher.is_dirty
 
-    @asynccontextmanager
-    async def _changing(self, guest: int, length: int) -> AsyncIterator[None]:
-        """Around any change of a range of the disk."""
-        async with self._gate.passing():
+    async def _change(self, guest: int, length: int, work: Coroutine[Any, Any, None]) -> None:
+        """Run what changes a range of the disk, beside other changes."""
+        await self._gate.enter()
+        try:
             await self._prepare(guest, length)
-            try:
-                yield
-            except MetadataOverlap as error:
-                raise await self._marked_corrupt(str(error)) from None
+            await work
+        except MetadataOverlap as error:
+            raise await self._marked_corrupt(str(error)) from None
+        finally:
+            work.close()
+            self._gate.leave()
 
     async def _prepare(self, guest: int, length: int) -> None:
         """What has to be so before any change."""

@@ -6,8 +6,6 @@ not know FUSE, nor when metadata reaches the disk. New data is written before th
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import trio
@@ -180,27 +178,25 @@ class Writer:
         length = min(
             len(data), place.clusters * self._geometry.cluster_size - self._geometry.in_cluster(guest)
         )
-        async with self._released_on_failure(place):
+        try:
             if place.fresh and not self._to.has_backing:
                 at = place.host + self._geometry.in_cluster(guest)
                 await self._store([(at, data[:length])])
             else:
                 await self._fill(guest, data[:length], place, self._geometry.cluster_size)
             await self._linker.ensure_table(guest)
+        except BaseException:
+            await self._release(place)
+            raise
         self._linker.link_run(guest, place.host, place.clusters)
         self.linked += place.clusters
         return length
 
-    @asynccontextmanager
-    async def _released_on_failure(self, place: Place) -> AsyncIterator[None]:
-        """Take an allocation back where what should use it fails."""
-        try:
-            yield
-        except BaseException:
-            if not self._to.external:
-                with trio.CancelScope(shield=True):
-                    await self._to.refcounts.release(place.host, place.clusters)
-            raise
+    async def _release(self, place: Place) -> None:
+        """Take an allocation back since what should use it has failed."""
+        if not self._to.external:
+            with trio.CancelScope(shield=True):
+                await self._to.refcounts.release(place.host, place.clusters)
 
     def _entry(self, guest: GuestOffset, number: int) -> Entry:
         return self._linker.get(guest + number * self._geometry.cluster_size)
@@ -253,9 +249,12 @@ class Writer:
         place = await self._allocate(guest, len(old))
         length = min(len(data), place.clusters * geometry.cluster_size - geometry.in_cluster(guest))
         unit = self._unit(old[: place.clusters])
-        async with self._released_on_failure(place):
+        try:
             await self._fill(guest, data[:length], place, unit)
             await self._linker.ensure_table(guest)
+        except BaseException:
+            await self._release(place)
+            raise
         first = geometry.cluster_start(guest)
         for number in range(place.clusters):
             at = first + number * geometry.cluster_size
