@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from qcowfs import __version__
-from qcowfs.cli.exits import EXIT_USAGE, guarded
+from qcowfs.cli.exits import EXIT_HOST, EXIT_USAGE, guarded
 from qcowfs.cli.mount_helper import mount_command
 from qcowfs.cli.mount_words import expand
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "mount": "show an image's live disk and snapshots as raw files",
     "umount": "end a mount and free its image",
     "info": "tell what an image is and holds",
+    "check": "find what is wrong with an image",
 }
 
 EPILOG = """exit codes: 0 done, 1 the host failed (file, disk), 2 wrong usage or not a qcow2 image,
@@ -37,12 +38,22 @@ def _run(words: list[str]) -> int:
     if words[:1] == ["mount"]:
         words = expand(words)
     parser, chosen = _parser(words)
-    args = parser.parse_args(words)
+    args = _parse(parser, words, chosen)
     if chosen is None:
         parser.print_help()
         return EXIT_USAGE
     code: int = importlib.import_module(f"qcowfs.cli.{chosen}").run(args)
     return code
+
+
+def _parse(parser: argparse.ArgumentParser, words: list[str], chosen: str | None) -> argparse.Namespace:
+    """The arguments; wrong ones end `check` with the code of qemu-img check, where 2 means damage."""
+    try:
+        return parser.parse_args(words)
+    except SystemExit as end:
+        if chosen == "check" and end.code == EXIT_USAGE:
+            raise SystemExit(EXIT_HOST) from None
+        raise
 
 
 def mount_main() -> int:
