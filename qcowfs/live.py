@@ -184,7 +184,7 @@ class DiskWriter:
     async def _marked_corrupt(self, rule: str) -> CorruptImage:
         """Set the corrupt bit, where the version has one; the error to raise."""
         text = f"{self._parts.label}: write refused: {rule}"
-        log.error("%s; marked corrupt, repair it with qemu-img check -r all", text)
+        log.error("%s; marked corrupt, repair it with qcowfs check --repair all", text)
         self._incompatible |= _CORRUPT
         if self._parts.header.version >= 3:
             field = self._incompatible.to_bytes(8, "big")
@@ -228,7 +228,7 @@ async def make_writer(parts: Parts) -> DiskWriter:
 
 
 def _refuse_states(parts: Parts) -> None:
-    how = "repair it with qemu-img check -r all, or open it read-only"
+    how = "repair it with qcowfs check --repair all, or open it read-only"
     if parts.header.corrupt:
         raise CorruptImage(f"{parts.label}: is marked corrupt, so nothing may be written; {how}")
     if parts.header.dirty:

@@ -33,35 +33,43 @@ _ALL_ONES = 1
 
 
 async def load_snapshots(subject: Subject) -> list[Snapshot]:
-    """The records of the snapshot table, which is claimed; a broken one ends the list with a finding."""
+    """The snapshots whose L1 table can be looked at; the table is claimed, what is broken is a finding."""
+    records = await load_all_records(subject, report=True)
+    size = sum(len(record.pack()) for record in records)
+    subject.claim(subject.header.snapshots_offset, size, SNAPSHOT_TABLE, "snapshot table")
+    return [snapshot for snapshot in records if _is_sound(subject, snapshot)]
+
+
+async def load_all_records(subject: Subject, *, report: bool = False) -> list[Snapshot]:
+    """The records of the snapshot table; a broken one ends the list, with a finding if that is wanted."""
     header = subject.header
     if not header.nb_snapshots:
         return []
     offset = header.snapshots_offset
     available = max(0, (subject.clusters << subject.bits) - offset)
     table = await load_bytes(subject.file, offset, min(available, MAX_TABLE_BYTES))
-    snapshots: list[Snapshot] = []
+    records: list[Snapshot] = []
     start = 0
-    while len(snapshots) < header.nb_snapshots:
-        record = _next_record(subject, table, start, len(snapshots) + 1)
-        if record is None:
+    while len(records) < header.nb_snapshots:
+        record = _next_record(table, start)
+        if isinstance(record, str):
+            if report:
+                which = f"record {len(records) + 1} of {header.nb_snapshots}"
+                subject.hide(f"{which} {record}", "snapshot table", host=offset + start)
             break
-        snapshots.append(record)
+        records.append(record)
         start += len(record.pack())
-    subject.claim(offset, start, SNAPSHOT_TABLE, "snapshot table")
-    return [snapshot for snapshot in snapshots if _is_sound(subject, snapshot)]
+    return records
 
 
-def _next_record(subject: Subject, table: bytes, start: int, number: int) -> Snapshot | None:
-    """The record at a place of the table, None with a finding where there is none."""
-    rule = f"record {number} of {subject.header.nb_snapshots} is cut short"
+def _next_record(table: bytes, start: int) -> Snapshot | str:
+    """The record at a place of the table, or the rule that it breaks."""
     try:
         length = record_length(table[start : start + FIXED_SIZE], 0)
     except CorruptImage as error:
-        length, rule = None, str(error)
+        return f"cannot be read: {error}"
     if length is None or start + length > len(table):
-        subject.hide(rule, "snapshot table", host=subject.header.snapshots_offset + start)
-        return None
+        return "is cut short"
     return unpack_record(table[start : start + length], 0)
 
 
@@ -120,15 +128,17 @@ async def claim_bitmaps(subject: Subject) -> None:
         subject.error("the header promises bitmaps, but has no extension that names them", "bitmaps")
     if extension is None or not trusted:
         return
+    hidden, subject.report.hidden = subject.report.hidden, False
     try:
         directory = BitmapDirectory.unpack(extension)
-        if not subject.claim(directory.offset, directory.size, DIRECTORY, "bitmap directory"):
-            return
-        data = await load_bytes(subject.file, directory.offset, directory.size)
-        for entry in unpack_directory(data, directory.count):
-            await _claim_bitmap(subject, entry)
+        if subject.claim(directory.offset, directory.size, DIRECTORY, "bitmap directory", Kind.ERROR):
+            data = await load_bytes(subject.file, directory.offset, directory.size)
+            for entry in unpack_directory(data, directory.count):
+                await _claim_bitmap(subject, entry)
     except CorruptImage as error:
         subject.hide(str(error), "bitmap directory", Kind.ERROR)
+    subject.are_bitmaps_broken = subject.report.hidden
+    subject.report.hidden |= hidden
 
 
 async def _claim_bitmap(subject: Subject, entry: BitmapEntry) -> None:

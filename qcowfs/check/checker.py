@@ -6,6 +6,8 @@ Must not know how any of it is judged.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from qcowfs.check import areas, counts
 from qcowfs.check.findings import Report
 from qcowfs.check.packed import inflate_all
@@ -21,10 +23,18 @@ async def check(file: HostFile, *, data: bool = False) -> Report:
     Raises `NotQcow2` and `UnsupportedFeature` where nothing can be checked, `CorruptImage` where the
     header cannot be read, `OSError` as the host does.
     """
-    return (await inspect(file, data=data)).report
+    return (await inspect(file, data=data)).subject.report
 
 
-async def inspect(file: HostFile, *, data: bool = False) -> Subject:
+@dataclass(frozen=True)
+class Inspection:
+    """What a check knows in the end: all that was counted, and the trees."""
+
+    subject: Subject
+    trees: Trees
+
+
+async def inspect(file: HostFile, *, data: bool = False) -> Inspection:
     """As `check`, with all that was counted, for repairs."""
     subject = await open_subject(file)
     subject.claim(0, subject.geometry.cluster_size, HEADER, "header")
@@ -37,7 +47,7 @@ async def inspect(file: HostFile, *, data: bool = False) -> Subject:
     counts.compare(subject)
     subject.report.allocation.total = subject.header.virtual_size // subject.geometry.cluster_size
     subject.report.allocation.total += bool(subject.header.virtual_size % subject.geometry.cluster_size)
-    return subject
+    return Inspection(subject, trees)
 
 
 async def find_trees(subject: Subject) -> Trees:

@@ -46,10 +46,12 @@ def _judge_entries(subject: Subject, table: U64) -> None:
         offset = int(subject.block_offsets[index])
         place = subject.header.refcount_table_offset + index * 8
         if table[index] & _RESERVED:
+            subject.broken_blocks += 1
             subject.error("reserved bits are set", NAME, place=place, entry=int(table[index]))
         rule = _judge(subject, offset, seen)
         if rule:
             subject.block_offsets[index] = 0
+            subject.broken_blocks += 1
             subject.error(rule, NAME, host=offset, place=place, entry=int(table[index]))
         seen.add(offset)
 

@@ -8,32 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from functools import cached_property
 
 import numpy as np
 
 from qcowfs.check.arrays import I64, U64, Bool, Counts
-from qcowfs.check.findings import Kind
+from qcowfs.check.findings import Cure, Kind
 from qcowfs.check.subject import AREAS, Subject
 from qcowfs.format.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from qcowfs.geometry import COMPRESSED_OFFSET_BITS, SECTOR_SIZE
 
 _COPIED, _COMPRESSED, _ZERO, _MASK = (np.uint64(n) for n in (COPIED, COMPRESSED, ZERO, OFFSET_MASK))
-_RESERVED = np.uint64(0x3F00_0000_0000_01FE)
+RESERVED = np.uint64(0x3F00_0000_0000_01FE)
 _LOW_HALF = np.uint64(0xFFFF_FFFF)
 _HALF_BITS = np.uint64(32)
-
-
-class Cure(Enum):
-    """What mends an entry; `DROP` gives up what is lost, the others lose nothing."""
-
-    CLEAR_RESERVED = "clear its reserved bits"
-    CLEAR_COPIED = "clear its COPIED flag"
-    SET_COPIED = "set its COPIED flag"
-    CLEAR_BITMAP = "clear its subcluster bitmap"
-    PLAIN_ZERO = "let it read as zeros without a cluster, as it reads now"
-    DROP = "drop it"
 
 
 @dataclass(frozen=True)
@@ -148,7 +136,7 @@ class Entries:
 
     def breaches(self) -> Iterator[Breach]:
         """Rules that standard entries break, apart from the COPIED flag."""
-        reserved = _RESERVED | (_ZERO if self.bitmaps is not None else np.uint64(0))
+        reserved = RESERVED | (_ZERO if self.bitmaps is not None else np.uint64(0))
         if self.every & reserved:
             wrong = _any_of(self.words, reserved)
             yield self._breach(wrong, Kind.ERROR, "reserved bits are set", Cure.CLEAR_RESERVED)
@@ -236,19 +224,35 @@ class Entries:
         return offsets >> self.subject.bits, (offsets + lengths - 1) >> self.subject.bits
 
     @cached_property
-    def _in_file(self) -> Bool:
-        first, last = self._touched
-        return (first < self.subject.clusters) & (last <= self.subject.clusters)
+    def _starts_in_file(self) -> Bool:
+        inside: Bool = self._touched[0] < self.subject.clusters
+        return inside
 
     def touched_clusters(self) -> Iterator[tuple[Bool, I64]]:
         """Host clusters that compressed entries refer to: the n-th of each, and which entries have one."""
         if self.subject.header.has_data_file:
             return
         first, last = self._touched
+        last = np.minimum(last, self.subject.clusters)
         number = 0
-        while (have := self._in_file & (first + number <= last)).any():
+        while (have := self._starts_in_file & (first + number <= last)).any():
             yield have, first[have] + number
             number += 1
+
+    def clipped(self) -> U64:
+        """The words of compressed entries, shortened to end before what cannot be theirs."""
+        first, last = self._touched
+        end = np.minimum(last, self.subject.clusters) + 1
+        for number, (have, clusters) in enumerate(self.touched_clusters()):
+            foreign = np.zeros(len(end), bool)
+            foreign[have] = self.subject.owners[clusters] != 0
+            if number:
+                end = np.where(foreign, np.minimum(end, first + number), end)
+        offsets, _ = self.stored_ranges
+        sectors = (((end << self.subject.bits) - offsets // SECTOR_SIZE * SECTOR_SIZE) // SECTOR_SIZE) - 1
+        shift = np.uint64(COMPRESSED_OFFSET_BITS - (self.subject.bits - 8))
+        rest: U64 = self.words & (_COMPRESSED | ((np.uint64(1) << shift) - np.uint64(1)))
+        return np.where(end <= last, rest | sectors.astype(np.uint64) << shift, self.words)
 
     def packed_breaches(self) -> Iterator[Breach]:
         """Rules that compressed entries break."""
@@ -261,14 +265,20 @@ class Entries:
             rule = "a compressed cluster, which an image with a data file cannot have"
             yield self._breach(np.ones(len(self.words), bool), Kind.LOST, rule, Cure.DROP)
             return
-        rule = "the compressed cluster lies past the end of the file"
-        yield self._breach(~self._in_file, Kind.LOST, rule, Cure.DROP)
-        for have, clusters in self.touched_clusters():
+        past, inside = "past the end of the file", self._starts_in_file
+        yield self._breach(~inside, Kind.LOST, f"the compressed cluster lies {past}", Cure.DROP)
+        cut = inside & (self._touched[1] > self.subject.clusters)
+        yield self._breach(cut, Kind.ERROR, f"the compressed cluster goes on {past}", Cure.CLIP)
+        for number, (have, clusters) in enumerate(self.touched_clusters()):
             owners = self.subject.owners[clusters]
-            indices = self.indices[have]
             for area in np.unique(owners[owners != 0]).tolist():
-                rule = f"the compressed cluster overlaps {AREAS[area]}"
-                yield Breach(Kind.LOST, rule, Cure.DROP, indices[owners == area])
+                found = self.indices[have][owners == area]
+                if number:
+                    rule = f"the compressed cluster goes on into {AREAS[area]}"
+                    yield Breach(Kind.ERROR, rule, Cure.CLIP, found)
+                else:
+                    rule = f"the compressed cluster overlaps {AREAS[area]}"
+                    yield Breach(Kind.LOST, rule, Cure.DROP, found)
 
 
 def _any_of(words: U64, bits: np.uint64) -> Bool:

@@ -22,6 +22,18 @@ class Kind(Enum):
     LEAK = "leak"
 
 
+class Cure(Enum):
+    """What mends a table entry; `DROP` gives up what is lost, the others lose nothing."""
+
+    CLEAR_RESERVED = "clear the reserved bits of"
+    CLEAR_COPIED = "clear the COPIED flag of"
+    SET_COPIED = "set the COPIED flag of"
+    CLEAR_BITMAP = "clear the needless subcluster bitmap of"
+    PLAIN_ZERO = "take the impossible cluster from, which reads as zeros as before,"
+    CLIP = "shorten the stored length of"
+    DROP = "give up"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One broken rule; offsets in bytes, None where they do not apply.
@@ -68,11 +80,13 @@ class Allocation:
 class Report:
     """The findings of a check, at most `MOST_LISTED` of each kind, and the exact number of each kind.
 
-    `hidden` tells that a table could not be read, so that clusters which look like leaks may be in use.
+    `cures` counts the table entries that each cure would mend. `hidden` tells that a table could not be
+    read, so that clusters which look like leaks may be in use.
     """
 
     findings: list[Finding] = field(default_factory=list)
     totals: Counter[Kind] = field(default_factory=Counter)
+    cures: Counter[Cure] = field(default_factory=Counter)
     hidden: bool = False
     allocation: Allocation = field(default_factory=Allocation)
     image_end: int = 0

@@ -11,8 +11,8 @@ import numpy as np
 import trio
 
 from qcowfs.check.arrays import I64, load_bytes
-from qcowfs.check.entries import Breach, Cure, Entries
-from qcowfs.check.findings import Kind
+from qcowfs.check.entries import Breach, Entries
+from qcowfs.check.findings import Cure, Kind
 from qcowfs.check.subject import Subject
 from qcowfs.check.trees import Trees
 from qcowfs.check.walk import report
@@ -29,12 +29,20 @@ async def inflate_all(subject: Subject, trees: Trees) -> None:
     inflate = inflater(subject.header.compression_type)
     async for batch in trees.walk():
         entries = Entries(subject, batch.words, batch.l1_indices)
-        if entries.standard is entries or subject.header.has_data_file:
-            continue
-        bad = await _find_bad(entries.packed, inflate)
-        for rule in sorted(set(bad.values())):
-            broken = np.array([index for index, why in bad.items() if why == rule], np.int64)
-            report(subject, batch, entries, Breach(Kind.LOST, rule, Cure.DROP, broken))
+        for breach in await damaged(entries, inflate):
+            report(subject, batch, entries, breach)
+
+
+async def damaged(entries: Entries, inflate: Inflater) -> list[Breach]:
+    """The compressed clusters that do not inflate, by the reason why."""
+    if entries.standard is entries or entries.subject.header.has_data_file:
+        return []
+    bad = await _find_bad(entries.packed, inflate)
+    found = []
+    for rule in sorted(set(bad.values())):
+        broken = np.array([index for index, why in bad.items() if why == rule], np.int64)
+        found.append(Breach(Kind.LOST, rule, Cure.DROP, broken))
+    return found
 
 
 async def _find_bad(packed: Entries, inflate: Inflater) -> dict[int, str]:

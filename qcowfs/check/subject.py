@@ -41,7 +41,8 @@ class Subject:
     `references` counts who refers to each of them, `owners` tells which metadata it holds, `stored` holds the
     image's own counts; one more cluster is there, since compressed data may be counted into it.
     `block_offsets` has the place of each refcount block that can be believed, else 0, and `far_counts` the
-    blocks, by index, that count clusters beyond `stored`.
+    blocks, by index, that count clusters beyond `stored`. `is_table_sound` and `broken_blocks` tell
+    whether the refcount table and its entries can be believed.
     """
 
     file: HostFile
@@ -54,6 +55,8 @@ class Subject:
     block_offsets: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
     far_counts: list[int] = field(default_factory=list)
     is_table_sound: bool = True
+    broken_blocks: int = 0
+    are_bitmaps_broken: bool = False
 
     def __post_init__(self) -> None:
         """Make the arrays; memory is taken only where something is noted."""

@@ -7,13 +7,14 @@ that entries can be held against every place of metadata.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from qcowfs.check.arrays import I64, U64, Bool, Counts, add_counts, batches, load_tables, load_words
-from qcowfs.check.findings import Finding, Kind
+from qcowfs.check.entries import Breach
+from qcowfs.check.findings import Cure, Finding, Kind
 from qcowfs.check.subject import AREAS, L1_TABLE, L2_TABLE, UNCLAIMED, Subject
 from qcowfs.format.entries import COPIED, OFFSET_MASK
 
@@ -45,41 +46,68 @@ class Trees:
     """The trees of a subject."""
 
     def __init__(self, subject: Subject, trees: list[Tree]) -> None:
-        """Walk these trees; the active one comes first, so that shared tables are found in it."""
+        """Walk these `trees`; the active one comes first, so that shared tables are found in it."""
         self._subject = subject
-        self._trees = trees
+        self.trees = trees
         self._owners_of_table = np.zeros(subject.clusters + 1, np.uint32)
 
     async def claim(self) -> None:
         """Claim all L1 tables, then all L2 tables that they name."""
-        self._trees = [
-            tree for tree in self._trees
+        self.trees = [
+            tree for tree in self.trees
             if tree.entries == 0
             or self._subject.claim(tree.offset, tree.entries * 8, L1_TABLE, f"{tree.label}, L1 table")
             or not self._subject.is_past_end(tree.offset, tree.entries * 8)
         ]  # fmt: skip
-        for tree in self._trees:
+        for tree in self.trees:
             words = await load_words(self._subject.file, tree.offset, tree.entries)
             self._claim_tables(tree, words)
 
     def _claim_tables(self, tree: Tree, words: U64) -> None:
-        """Judge the entries of an L1 table and count the L2 tables that they name."""
-        offsets = words & np.uint64(OFFSET_MASK)
-        self._report(tree, words, (words & np.uint64(L1_RESERVED)) != 0, Kind.ERROR, "reserved bits are set")
-        sound = self._sound(offsets)
-        misplaced = (offsets != 0) & ~sound
-        unaligned = misplaced & ((offsets % np.uint64(self._subject.geometry.cluster_size)) != 0)
-        self._report(tree, words, unaligned, Kind.LOST, "the L2 table is not cluster aligned")
-        self._report(
-            tree, words, misplaced & ~unaligned, Kind.LOST, "the L2 table lies past the end of the file"
-        )
-        indices = np.flatnonzero(sound)
-        clusters = (offsets[sound] >> np.uint64(self._subject.bits)).astype(np.int64)
+        """Judge the entries of an L1 table, then count and claim the L2 tables that they name."""
+        for breach in [*self.breaches(words), *self.flag_breaches(tree, words)]:
+            self._report(tree, words, breach)
+        _, clusters = self._tables(words)
         self._subject.refer(clusters)
-        self._judge_places(tree, words, indices, clusters)
+        owners = self._subject.owners[clusters]
+        self._subject.owners[clusters[owners == UNCLAIMED]] = L2_TABLE
         add_counts(self._owners_of_table, clusters)
-        if tree.active:
-            self._judge_copied(tree, words, indices, clusters)
+
+    def _tables(self, words: U64) -> tuple[I64, I64]:
+        """Indices of the entries that name a cluster of the file, and those clusters."""
+        offsets = words & np.uint64(OFFSET_MASK)
+        indices = np.flatnonzero(self._sound(offsets))
+        return indices, (offsets[indices] >> np.uint64(self._subject.bits)).astype(np.int64)
+
+    def breaches(self, words: U64) -> Iterator[Breach]:
+        """Rules that the entries of an L1 table break, apart from the COPIED flag."""
+        offsets = words & np.uint64(OFFSET_MASK)
+        reserved = np.flatnonzero((words & np.uint64(L1_RESERVED)) != 0)
+        yield Breach(Kind.ERROR, "reserved bits are set", Cure.CLEAR_RESERVED, reserved)
+        misplaced = (offsets != 0) & ~self._sound(offsets)
+        unaligned = misplaced & ((offsets % np.uint64(self._subject.geometry.cluster_size)) != 0)
+        rule = "the L2 table is not cluster aligned"
+        yield Breach(Kind.LOST, rule, Cure.DROP, np.flatnonzero(unaligned))
+        rule = "the L2 table lies past the end of the file"
+        yield Breach(Kind.LOST, rule, Cure.DROP, np.flatnonzero(misplaced & ~unaligned))
+        indices, clusters = self._tables(words)
+        owners = self._subject.owners[clusters]
+        for area in np.unique(owners[(owners != UNCLAIMED) & (owners != L2_TABLE)]).tolist():
+            rule = f"the L2 table overlaps {AREAS[area]}"
+            yield Breach(Kind.LOST, rule, Cure.DROP, indices[owners == area])
+
+    def flag_breaches(self, tree: Tree, words: U64) -> Iterator[Breach]:
+        """Entries of the active L1 table whose COPIED flag contradicts the count of their table."""
+        if not tree.active:
+            return
+        indices, clusters = self._tables(words)
+        alone = self._subject.stored[clusters] == 1
+        copied = (words[indices] & np.uint64(COPIED)) != 0
+        wrong = alone != copied
+        rule = "lacks the COPIED flag, but its L2 table's refcount is 1"
+        yield Breach(Kind.ERROR, rule, Cure.SET_COPIED, indices[wrong & alone])
+        rule = "has the COPIED flag, but its L2 table's refcount is not 1"
+        yield Breach(Kind.ERROR, rule, Cure.CLEAR_COPIED, indices[wrong & ~alone])
 
     def _sound(self, offsets: U64) -> Bool:
         """Which entries name a cluster of the file."""
@@ -88,53 +116,31 @@ class Trees:
         found: Bool = aligned & (offsets != 0) & ((offsets >> bits) < end)
         return found
 
-    def _judge_places(self, tree: Tree, words: U64, indices: I64, clusters: I64) -> None:
-        """Claim L2 tables; one that lies on other metadata is no table and is not walked."""
-        owners = self._subject.owners[clusters]
-        taken = (owners != UNCLAIMED) & (owners != L2_TABLE)
-        for area in np.unique(owners[taken]).tolist():
-            mask = np.zeros(len(words), bool)
-            mask[indices[owners == area]] = True
-            self._report(tree, words, mask, Kind.LOST, f"the L2 table overlaps {AREAS[area]}")
-        self._subject.owners[clusters[~taken]] = L2_TABLE
-
-    def _judge_copied(self, tree: Tree, words: U64, indices: I64, clusters: I64) -> None:
-        alone = self._subject.stored[clusters] == 1
-        copied = (words[indices] & np.uint64(COPIED)) != 0
-        for state, rule in ((False, "lacks the COPIED flag"), (True, "has the COPIED flag")):
-            mask = np.zeros(len(words), bool)
-            mask[indices[(alone != copied) & (copied == state)]] = True
-            self._report(tree, words, mask, Kind.ERROR, f"{rule}, but its L2 table's refcount is {{count}}")
-
-    def _report(self, tree: Tree, words: U64, mask: Bool, kind: Kind, rule: str) -> None:
+    def _report(self, tree: Tree, words: U64, breach: Breach) -> None:
         """Note a rule that some entries of an L1 table break; what lost ones name is hidden."""
-        wrong = np.flatnonzero(mask)
-        if not len(wrong):
+        total = len(breach.indices)
+        if not total:
             return
-        subject = self._subject
-        subject.report.hidden |= kind is Kind.LOST
+        report = self._subject.report
+        report.hidden |= breach.kind is Kind.LOST
         found = [
-            self._finding(tree, kind, rule, int(index), int(words[index]))
-            for index in wrong[: subject.report.room(kind)]
+            self._finding(tree, breach, index, int(words[index]))
+            for index in breach.indices[: report.room(breach.kind)].tolist()
         ]
-        subject.report.add_many(kind, found, len(wrong))
+        report.add_many(breach.kind, found, total)
+        report.cures[breach.cure] += total
 
-    def _finding(self, tree: Tree, kind: Kind, rule: str, index: int, word: int) -> Finding:
-        host = word & OFFSET_MASK
-        cluster = host >> self._subject.bits
-        if "{count}" in rule:
-            rule = rule.format(count=self._subject.stored[cluster])
-        guest = index * self._subject.geometry.l2_coverage
-        return Finding(kind, rule, f"{tree.label}, L1 table", guest, host, tree.offset + index * 8, word)
+    def _finding(self, tree: Tree, breach: Breach, index: int, word: int) -> Finding:
+        guest, place = index * self._subject.geometry.l2_coverage, tree.offset + index * 8
+        owner = f"{tree.label}, L1 table"
+        return Finding(breach.kind, breach.rule, owner, guest, word & OFFSET_MASK, place, word)
 
     async def walk(self) -> AsyncIterator[Batch]:
         """Every L2 table once, in the tree that comes first."""
         walked = np.zeros(self._subject.clusters + 1, bool)
-        for tree in self._trees:
+        for tree in self.trees:
             words = await load_words(self._subject.file, tree.offset, tree.entries)
-            offsets = words & np.uint64(OFFSET_MASK)
-            indices = np.flatnonzero(self._sound(offsets))
-            clusters = (offsets[indices] >> np.uint64(self._subject.bits)).astype(np.int64)
+            indices, clusters = self._tables(words)
             fresh = (self._subject.owners[clusters] == L2_TABLE) & ~walked[clusters]
             clusters, first = np.unique(clusters[fresh], return_index=True)
             walked[clusters] = True

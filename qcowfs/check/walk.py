@@ -54,6 +54,7 @@ def report(subject: Subject, batch: Batch, entries: Entries, breach: Breach) -> 
         for index, guest in zip(listed.tolist(), guests, strict=True)
     ]
     subject.report.add_many(breach.kind, found, total)
+    subject.report.cures[breach.cure] += total
 
 
 def _finding(subject: Subject, batch: Batch, breach: Breach, index: int, guest: int) -> Finding:
