@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qcowfs.check.arrays import Counts, batches, pack_counts
+from qcowfs.check.arrays import Counts, batches, count_type, load_bytes, pack_counts
 from qcowfs.check.counts import references_in
 from qcowfs.check.subject import REFCOUNT_BLOCK, REFCOUNT_TABLE, Subject
 from qcowfs.errors import CorruptImage, UsageError
 from qcowfs.format.header import MAX_REFCOUNT_TABLE_BYTES
-from qcowfs.hostfile import HostFile, WriteRequest
+from qcowfs.hostfile import HostFile
 
-REFCOUNT_TABLE_FIELD = 48
+REFCOUNT_TABLE_FIELD, ORDER_FIELD = 48, 96
 _PLACE = struct.Struct(">QI")
 
 
@@ -63,7 +63,7 @@ class Recount:
         """Put the counts right; whether anything was written."""
         wanted = self.wanted()
         if self.needs_new_structure(wanted):
-            await _write_new(file, self.subject, wanted)
+            await _write_new(file, self.subject, wanted, self.subject.header.refcount_order)
             return True
         return await self._write_in_place(file, wanted)
 
@@ -91,35 +91,62 @@ def _block_of(subject: Subject, index: int) -> int:
 # -- a new structure
 
 
-async def _write_new(file: HostFile, subject: Subject, wanted: Counts) -> None:
+async def change_width(file: HostFile, subject: Subject, order: int) -> None:
+    """Write all counts with a width of 2^`order` bits; the image must be without errors.
+
+    Raises `UsageError` where a count does not fit.
+    """
+    most = int(subject.stored.max())
+    if most > (1 << (1 << order)) - 1:
+        raise UsageError(f"{file.name}: a cluster has {most} references, more than {1 << order} bits hold")
+    wanted = np.maximum(subject.stored, references_in(subject, 0, len(subject.stored)))
+    await _write_new(file, subject, wanted, order)
+
+
+async def _write_new(file: HostFile, subject: Subject, wanted: Counts, order: int) -> None:
     """Write new blocks and a new table that also count themselves, then let the header name them."""
-    counts = _without_old_structure(subject, wanted)
-    blocks, table_clusters = _plan(subject, counts)
-    first = _find_place(file, subject, counts, len(blocks) + table_clusters)
+    bits, size = 1 << order, subject.geometry.cluster_size
+    per_block = size * 8 // bits
+    counts = _padded(_without_old_structure(subject, wanted), per_block, bits)
+    blocks, table_clusters = _plan(subject, counts, per_block)
+    first = _find_place(file, subject, len(blocks) + table_clusters)
     end = first + len(blocks) + table_clusters
-    whole = -(-max(end, subject.clusters) // subject.block_entries) * subject.block_entries
-    counts = np.concatenate([counts, np.zeros(max(0, whole - len(counts)), counts.dtype)])
+    counts = _padded(
+        np.concatenate([counts, np.zeros(max(0, end - len(counts)), counts.dtype)]), per_block, bits
+    )
     counts[first:end] = 1
-    rows = counts.reshape(-1, subject.block_entries)
-    table = np.zeros(table_clusters * subject.geometry.cluster_size // 8, ">u8")
+    rows = counts.reshape(-1, per_block)
+    table = np.zeros(table_clusters * size // 8, ">u8")
     table[blocks] = (first + np.arange(len(blocks))) << subject.bits
-    for part in batches(len(blocks), subject.geometry.cluster_size):
-        some: WriteRequest = (
-            (first + part.start) << subject.bits,
-            pack_counts(rows[blocks[part]], subject.refcount_bits),
-        )
-        await file.write_from([some])
+    for part in batches(len(blocks), size):
+        await file.write_from([((first + part.start) << subject.bits, pack_counts(rows[blocks[part]], bits))])
     table_at = (first + len(blocks)) << subject.bits
     await file.write_from([(table_at, table.tobytes())])
     await file.sync()
-    await file.write_from([(REFCOUNT_TABLE_FIELD, _PLACE.pack(table_at, table_clusters))])
+    await _switch(file, subject, _PLACE.pack(table_at, table_clusters), order)
+
+
+async def _switch(file: HostFile, subject: Subject, place: bytes, order: int) -> None:
+    """Name the new table, and its width if that is new, by one write within the header's first sector."""
+    if order == subject.header.refcount_order:
+        await file.write_from([(REFCOUNT_TABLE_FIELD, place)])
+    else:
+        fields = await load_bytes(file, REFCOUNT_TABLE_FIELD, ORDER_FIELD + 4 - REFCOUNT_TABLE_FIELD)
+        rest = fields[len(place) : -4]
+        await file.write_from([(REFCOUNT_TABLE_FIELD, place + rest + order.to_bytes(4, "big"))])
     await file.sync()
+
+
+def _padded(counts: Counts, per_block: int, bits: int) -> Counts:
+    """Counts for whole blocks, of the type for that width."""
+    padded: Counts = np.zeros(-(-len(counts) // per_block) * per_block, count_type(bits))
+    padded[: len(counts)] = counts
+    return padded
 
 
 def _without_old_structure(subject: Subject, wanted: Counts) -> Counts:
     """The counts of the file's clusters, once the old table and its blocks are given up."""
-    counts = np.zeros(len(wanted), wanted.dtype)
-    counts[: subject.clusters] = wanted[: subject.clusters]
+    counts = wanted[: subject.clusters].copy()
     header, old = subject.header, subject.block_offsets[subject.block_offsets != 0] >> subject.bits
     counts[old] = _less_one(subject, old)
     at, size = header.refcount_table_offset, header.refcount_table_clusters << subject.bits
@@ -136,13 +163,12 @@ def _less_one(subject: Subject, clusters: Counts) -> Counts:
     return less
 
 
-def _plan(subject: Subject, counts: Counts) -> tuple[Counts, int]:
+def _plan(subject: Subject, counts: Counts, per_block: int) -> tuple[Counts, int]:
     """Which ranges get a block, and how many clusters the table takes; both count themselves."""
-    used = np.flatnonzero(counts.reshape(-1, subject.block_entries).any(axis=1))
+    used = np.flatnonzero(counts.reshape(-1, per_block).any(axis=1))
     size, extra = subject.geometry.cluster_size, 0
     while True:
-        first = subject.clusters // subject.block_entries
-        last = (subject.clusters + extra) // subject.block_entries
+        first, last = subject.clusters // per_block, (subject.clusters + extra) // per_block
         blocks = np.union1d(used, np.arange(first, last + 1))
         table_clusters = -(-(int(blocks[-1]) + 1) * 8 // size)
         if len(blocks) + table_clusters <= extra:
@@ -153,11 +179,11 @@ def _plan(subject: Subject, counts: Counts) -> tuple[Counts, int]:
     return blocks, table_clusters
 
 
-def _find_place(file: HostFile, subject: Subject, counts: Counts, clusters: int) -> int:
+def _find_place(file: HostFile, subject: Subject, clusters: int) -> int:
     """Where the new structure goes: behind the file's end, where nothing can lie."""
     if file.facts().regular:
         return subject.clusters
     raise UsageError(
         f"{file.name}: needs {clusters} clusters behind its end for new refcounts, which a device has not; "
-        f"copy the image ({np.count_nonzero(counts)} clusters are in use) to a file and repair that"
+        "copy the image to a file first"
     )

@@ -31,7 +31,7 @@ from qcowfs.hostfile import HostFile
 INCOMPATIBLE_FIELD, AUTOCLEAR_FIELD, SNAPSHOTS_FIELD = 72, 88, 60
 CHANGED_FIELDS, CHANGED_FIELDS_OF_V2 = (48, 104), (48, 72)
 """Fields that a repair may have changed since the header was read: they are kept as they are in the file."""
-_MARKS = Incompatible.DIRTY | Incompatible.CORRUPT
+_MARKS = (Incompatible.DIRTY | Incompatible.CORRUPT).value
 _SNAPSHOT_PLACE = struct.Struct(">IQ")
 _SIZES = struct.Struct(">QQ")
 
@@ -192,7 +192,7 @@ async def _give_up_bitmaps(file: HostFile, subject: Subject, wishes: Wishes) -> 
     given_up = missing or (subject.are_bitmaps_broken and wishes.drop_lost)
     if not header.autoclear & Autoclear.BITMAPS or not given_up:
         return False
-    bits = header.autoclear & ~Autoclear.BITMAPS
+    bits = header.autoclear & ~Autoclear.BITMAPS.value
     await file.write_from([(AUTOCLEAR_FIELD, bits.to_bytes(8, "big"))])
     await file.sync()
     return True

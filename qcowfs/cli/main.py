@@ -19,7 +19,8 @@ COMMANDS = {
     "mount": "show an image's live disk and snapshots as raw files",
     "umount": "end a mount and free its image",
     "info": "tell what an image is and holds",
-    "check": "find what is wrong with an image",
+    "check": "find what is wrong with an image, and mend it",
+    "amend": "change an image's version, refcounts or backing file's name",
 }
 
 EPILOG = """exit codes: 0 done, 1 the host failed (file, disk), 2 wrong usage or not a qcow2 image,
