@@ -70,7 +70,7 @@ async def amend_file(file: HostFile, wanted: Amendments) -> None:
     if wanted.refcount_bits is not None:
         await _set_width(file, wanted.refcount_bits.bit_length() - 1)
     header = (await inspect(file)).subject.header
-    header = await _store(file, header, _with_backing(header, wanted))
+    header = await _store(file, header, with_backing(header, wanted))
     if wanted.lazy_refcounts is not None:
         lazy = Compatible.LAZY_REFCOUNTS.value  # ~ of a flag would drop unknown bits
         bits = header.compatible & ~lazy | (lazy if wanted.lazy_refcounts else 0)
@@ -138,7 +138,7 @@ def _upgraded(header: Header) -> Header:
     return replace(header, version=3, header_length=length, extra=bytes(length - V3_LENGTH - 1))
 
 
-def _with_backing(header: Header, wanted: Amendments) -> Header:
+def with_backing(header: Header, wanted: Amendments) -> Header:
     """The header that names another backing file, or declares its format anew."""
     name = header.backing_name if wanted.backing_name is None else wanted.backing_name or None
     if wanted.backing_name is None and wanted.backing_format is None:

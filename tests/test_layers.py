@@ -34,6 +34,7 @@ LAYERS = {
     "writing": 66, "zeroing": 67,
     "live": 68,
     "image": 70, "states": 71,
+    "lower": 72, "rebase": 73, "commit": 73,
     "info": 75,
     "daemon": 80,
     "cli": 90,
