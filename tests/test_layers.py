@@ -18,7 +18,7 @@ import qcowfs
 ROOT = Path(qcowfs.__file__).parent
 LAYERS = {
     "errors": 0, "text": 0, "geometry": 0, "lru": 0, "cluster_locks": 0, "metadata_map": 0, "epochs": 0,
-    "gate": 0,
+    "gate": 0, "granules": 0,
     "format": 10, "codecs": 11,
     "syscalls": 18, "write_behind": 19,
     "hostfile": 20, "locks": 20,
@@ -27,7 +27,7 @@ LAYERS = {
     "counts": 41, "table_walk": 41, "draft": 42,
     "flush": 45,
     "mapping": 50,
-    "linking": 55,
+    "linking": 55, "bitmaps": 55,
     "snapshotting": 58, "snapshots": 59, "usage": 60, "inflate": 60, "check": 60,
     "amend": 62,
     "views": 65,
@@ -42,7 +42,7 @@ LAYERS = {
 }  # fmt: skip
 FOLDERS = ("format", "codecs", "check", "daemon", "cli")
 DAEMON = LAYERS["daemon"]
-PURE = ("errors", "text", "geometry", "lru", "metadata_map", "epochs", "format", "codecs")
+PURE = ("errors", "text", "geometry", "lru", "metadata_map", "epochs", "granules", "format", "codecs")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ COMMANDS = {
     "umount": "end a mount and free its image",
     "info": "tell what an image is and holds",
     "check": "find what is wrong with an image, and mend it",
+    "bitmap": "list an image's persistent bitmaps",
     "commit": "write an overlay's content to its backing file",
     "rebase": "put an overlay on another backing file",
     "amend": "change an image's version, refcounts or backing file's name",
