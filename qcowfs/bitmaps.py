@@ -21,8 +21,8 @@ from qcowfs.format.bitmaps import (
     FLAG_AUTO,
     FLAG_IN_USE,
     FLAGS_AT,
-    TABLE_SIZE_AT,
     TABLE_ALL_ONES,
+    TABLE_SIZE_AT,
     BitmapDirectory,
     BitmapEntry,
     unpack_directory,
@@ -122,7 +122,7 @@ async def _read(file: HostFile, offset: int, size: int) -> bytes:
 
 @dataclass(frozen=True)
 class _Kept:
-    """An enabled bitmap, its table, and what was written to since it was in use."""
+    """A bitmap, its table, and if it is enabled what was written to since it was in use."""
 
     entry: BitmapEntry
     table: array[int]
@@ -130,7 +130,7 @@ class _Kept:
 
 
 class KeptBitmaps:
-    """The enabled bitmaps of an image that is written to."""
+    """The bitmaps of an image that is written to; enabled ones note each change, all follow its size."""
 
     def __init__(
         self, file: HostFile, header: Header, refcounts: Refcounts, flusher: Flusher, metadata: MetadataMap
@@ -175,17 +175,13 @@ class KeptBitmaps:
         self._directory_offset = directory.offset
         kept = []
         for entry in entries:
-            is_kept = entry.flags & (FLAG_AUTO | FLAG_IN_USE) == FLAG_AUTO
-            if is_kept and not entry.plain:
+            if entry.flags & FLAG_IN_USE:
+                continue  # nobody can use it any more
+            if not entry.plain and entry.flags & FLAG_AUTO:
                 raise CorruptImage("one is of an unknown kind")
-            try:
+            if entry.plain:
                 table = await _load_table(self._file, self._header, entry)
-            except CorruptImage:
-                if is_kept:
-                    raise
-                continue
-            self._protect(entry, table)
-            if is_kept:
+                self._protect(entry, table)
                 kept.append(_Kept(entry, table, Granules(entry.granularity)))
         return kept
 
@@ -208,7 +204,8 @@ class KeptBitmaps:
     def add(self, guest: int, length: int) -> None:
         """Note that a range of the disk is about to change."""
         for kept in self._kept:
-            kept.granules.add(guest, length)
+            if kept.entry.flags & FLAG_AUTO:
+                kept.granules.add(guest, length)
 
     def follow(self, other: KeptBitmaps) -> None:
         """Go on with the image's new state, for which `other` was made: its counts, its disk's size."""

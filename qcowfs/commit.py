@@ -13,7 +13,7 @@ from qcowfs.amend import inspect_sound
 from qcowfs.backing import BackingPolicy, BackingReference
 from qcowfs.check.checker import inspect
 from qcowfs.check.opening import opened
-from qcowfs.check.recount import Recount
+from qcowfs.check.recount import Recount, leaked_ranges
 from qcowfs.errors import UsageError
 from qcowfs.hostfile import HostFile
 from qcowfs.image import Image, OpenOptions
@@ -74,5 +74,7 @@ async def _empty(file: HostFile) -> None:
     for start in range(header.l1_table_offset, end, _L1_PIECE):
         await file.write_from([(start, bytes(min(_L1_PIECE, end - start)))])
     await file.sync()
-    found = await inspect(file)
-    await Recount(found.subject, may_raise=False, may_free=True).write(file)
+    subject = (await inspect(file)).subject
+    await Recount(subject, may_raise=False, may_free=True).write(file)
+    for offset, length in leaked_ranges(subject):
+        await file.punch_hole(offset, length)

@@ -22,6 +22,7 @@ from qcowfs.geometry import GuestOffset
 from qcowfs.hostfile import HostFile, OsHostFile
 from qcowfs.image import Image, OpenOptions
 from qcowfs.mapping import UNALLOCATED, ZERO_KIND, Extent
+from qcowfs.states import resize
 
 PIECE = 1 << 20
 """Bytes that are copied or compared at a time."""
@@ -134,14 +135,16 @@ class ImageTarget:
         if image.writer is None:
             raise UsageError(f"{image.label}: is not open for writing")
         self._image, self._writer = image, image.writer
-        self.size = image.size
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk."""
+        return self._image.size
 
     async def grow(self, size: int) -> None:
-        """Refuse a size that the disk has not."""
+        """Make the disk at least that large; raises as `states.resize` does."""
         if size > self.size:
-            raise UsageError(
-                f"{self._image.label}: the disk has {self.size} bytes, {size} are needed; grow it first"
-            )
+            await resize(self._image, size)
 
     async def write(self, guest: GuestOffset, data: bytes) -> None:
         """Write bytes within the disk."""

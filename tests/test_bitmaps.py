@@ -16,6 +16,7 @@ from qcowfs.check import check
 from qcowfs.format.extensions import BITMAPS
 from qcowfs.format.header import Header
 from qcowfs.image import read_header
+from qcowfs.states import create_snapshot, resize, revert
 from qcowfs.testing import MemoryHostFile
 from tests.host_files import open_file, poke_word, word, writer_of
 from tests.power_cuts import crash_states
@@ -182,6 +183,50 @@ def _content(state: bytes) -> bytes:
     for place in flags_at(state).values():
         poke_word(copy, place, 0, 4)
     return bytes(copy)
+
+
+async def test_bitmaps_follow_snapshots_and_sizes(tmp_path: Path) -> None:
+    file = MemoryHostFile(made(512))
+    image = await open_file(file)
+    await writer_of(image).write(0, b"x" * 512)
+    await create_snapshot(image, b"one")
+    await writer_of(image).write(512 * 99, b"x" * 512)
+    await resize(image, 4 << 20)
+    await writer_of(image).write((4 << 20) - 512, b"x" * 512)
+    await image.aclose()
+    ours = bytes(file.data)
+    assert bits(ours, b"fine") >= {0, 99, (4 << 20) // 512 - 1}
+    assert len(bits(ours, b"fine")) < 20
+    assert word(ours, flags_at(ours)[b"off"], 4) == 0
+    (tmp_path / "ours").write_bytes(ours)
+    qemu("qemu-img", "check", tmp_path / "ours")
+    qemu("qemu-io", "-f", "qcow2", "-c", "write 1M 512", tmp_path / "ours")
+    assert bits((tmp_path / "ours").read_bytes(), b"fine") == bits(ours, b"fine") | {2048}
+
+
+async def test_going_back_to_a_snapshot_makes_everything_dirty() -> None:
+    file = MemoryHostFile(made())
+    image = await open_file(file)
+    await create_snapshot(image, b"one")
+    await revert(image, image.snapshots[0])
+    await image.aclose()
+    assert bits(bytes(file.data), b"fine") == set(range(SIZE // 512))
+    assert (await check(file)).is_clean
+
+
+async def test_a_bitmap_whose_table_has_no_room_for_the_disk_is_given_up(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    file = MemoryHostFile(made(512))
+    image = await open_file(file)
+    await resize(image, 200 << 20)
+    await image.aclose()
+    places = flags_at(file.data)
+    assert [word(file.data, places[name], 4) & 1 for name in (b"fine", b"coarse", b"off")] == [1, 0, 0]
+    assert "its table has no room" in caplog.text
+    (tmp_path / "ours").write_bytes(file.data)
+    qemu("qemu-img", "check", tmp_path / "ours")
+    qemu("qemu-io", "-f", "qcow2", "-c", "write 1M 512", tmp_path / "ours")
 
 
 async def test_bitmaps_that_cannot_be_understood_are_given_up(caplog: pytest.LogCaptureFixture) -> None:

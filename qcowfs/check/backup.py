@@ -83,6 +83,13 @@ class BackedUpFile:
         await self._backup.write_from([(self._end, data)])
         self._end += len(data)
 
+    async def find_next(self, offset: int, *, data: bool) -> int | None:
+        """As the file does."""
+        return await self._file.find_next(offset, data=data)
+
+    async def punch_hole(self, offset: int, length: int) -> None:
+        """Nothing: what a repair gives back stays, or the backup would miss it."""
+
     async def sync(self) -> None:
         """Return when everything written so far is on disk."""
         await self._file.sync()

@@ -8,11 +8,12 @@ or the new one. In place, each count is the old one or the right one.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from qcowfs.check.arrays import Counts, batches, count_type, load_bytes, pack_counts
+from qcowfs.check.arrays import Counts, batches, count_type, load_bytes, pack_counts, runs_of
 from qcowfs.check.counts import references_in
 from qcowfs.check.subject import REFCOUNT_BLOCK, REFCOUNT_TABLE, Subject
 from qcowfs.errors import CorruptImage, UsageError
@@ -86,6 +87,14 @@ class Recount:
 
 def _block_of(subject: Subject, index: int) -> int:
     return int(subject.block_offsets[index]) if index < len(subject.block_offsets) else 0
+
+
+def leaked_ranges(subject: Subject) -> Iterator[tuple[int, int]]:
+    """(host offset, length) of what is counted though nothing refers to it, within the file."""
+    end = subject.clusters
+    leaked = np.flatnonzero((subject.stored[:end] > 0) & (subject.references[:end] == 0))
+    for run in runs_of(leaked, most=len(leaked)):
+        yield int(leaked[run.start]) << subject.bits, (run.stop - run.start) << subject.bits
 
 
 # -- a new structure
