@@ -47,7 +47,7 @@ async def commit(path: Path, policy: BackingPolicy, *, keep: bool = False) -> in
         finally:
             image.close()
         if not keep:
-            await _empty(file)
+            await empty(file)
         return written
 
 
@@ -67,7 +67,7 @@ async def _copy(image: Image, target: Target) -> int:
     return written
 
 
-async def _empty(file: HostFile) -> None:
+async def empty(file: HostFile) -> None:
     """Let the live disk name no cluster, then lower the counts of those that nothing else names."""
     header = (await inspect(file)).subject.header
     end = header.l1_table_offset + header.l1_size * 8

@@ -14,7 +14,6 @@ from qcowfs.backing import (
     BackingReference,
     GuestReader,
     RawBacking,
-    open_for_reading,
     open_for_writing,
 )
 from qcowfs.errors import UsageError
@@ -57,12 +56,12 @@ class Target(Protocol):
         """Give the files back to the host."""
 
 
-async def open_reader(reference: BackingReference, policy: BackingPolicy) -> Image | RawBacking:
+async def open_reader(reference: BackingReference, options: OpenOptions) -> Image | RawBacking:
     """What the reference names, for reading; raises as opening an image does."""
-    path = reference.locate(policy)
+    path = reference.locate(options.backing)
     if reference.format == "qcow2":
-        return await Image.open(path, OpenOptions(backing=policy))
-    file = reference.open(path, open_for_reading)
+        return await Image.open(path, OpenOptions(backing=options.backing, open_host=options.open_host))
+    file = reference.open(path, options.open_host)
     _lock(file, locks.READER)
     return RawBacking(file, str(path))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qcowfs.amend import Amendments, amend, with_backing
-from qcowfs.backing import BackingPolicy, BackingReference
+from qcowfs.backing import BackingReference
 from qcowfs.errors import BackingFileError, UsageError
 from qcowfs.geometry import GuestOffset
 from qcowfs.header_store import store_header
@@ -47,7 +47,7 @@ async def rebase(path: Path, new: NewBacking, options: OpenOptions) -> int:
         if writer is None:
             raise UsageError(f"{image.label}: is not open for writing")
         _refuse_snapshots(image)
-        reader = await _open_new(image, path, new, options.backing)
+        reader = await _open_new(image, path, new, options)
         try:
             copied = await _copy_differences(image, writer, reader)
         finally:
@@ -70,14 +70,14 @@ def _refuse_snapshots(image: Image) -> None:
         )
 
 
-async def _open_new(image: Image, path: Path, new: NewBacking, policy: BackingPolicy) -> Reader:
+async def _open_new(image: Image, path: Path, new: NewBacking, options: OpenOptions) -> Reader:
     if not new.name:
         return None
     reference = BackingReference(image.label, path, new.name, new.format)
-    located = reference.locate(policy)
+    located = reference.locate(options.backing)
     if _is_same(image.file, located):
         raise BackingFileError(f"{image.label}: cannot be its own backing file")
-    return await open_reader(reference, policy)
+    return await open_reader(reference, options)
 
 
 def _is_same(file: HostFile, path: Path) -> bool:
