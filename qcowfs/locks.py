@@ -110,13 +110,12 @@ def _holds(process: Path, fd: int, status: os.stat_result, byte: int) -> bool:
         if own and link.name == str(fd):
             continue
         try:
-            if not os.path.samestat(link.stat(), status):
-                continue
             text = (process / "fdinfo" / link.name).read_text()
+            locked = any(_covers(line, byte) for line in text.splitlines() if line.startswith("lock:"))
+            if locked and os.path.samestat(link.stat(), status):  # last: others' files may take long to tell
+                return True
         except OSError:
             continue
-        if any(_covers(line, byte) for line in text.splitlines() if line.startswith("lock:")):
-            return True
     return False
 
 

@@ -72,11 +72,13 @@ class Entries:
         """Which entries are compressed clusters."""
         return _any_of(self.words, _COMPRESSED)
 
-    @cached_property
+    @property
     def standard(self) -> Entries:
-        """The other entries."""
-        if not self.every & _COMPRESSED:
-            return self
+        """The other entries; these themselves if none is compressed."""
+        return self._unpacked if self.every & _COMPRESSED else self
+
+    @cached_property
+    def _unpacked(self) -> Entries:
         return self._only(~self.compressed)
 
     @cached_property

@@ -38,7 +38,7 @@ async def mend_tables(file: HostFile, found: Inspection, cures: Collection[Cure]
     With `data`, compressed clusters that do not inflate are among those that want `DROP`.
     """
     changed = False
-    for tree in found.trees.trees:
+    for tree in filter(lambda tree: tree.may_mend, found.trees.trees):
         words = await load_words(file, tree.offset, tree.entries)
         changed |= await _mend_l1(file, found, tree, words, cures)
     async for batch in found.trees.walk():

@@ -79,10 +79,12 @@ def _changes(subject: Subject, wishes: Wishes) -> Iterator[str]:
     if not wishes.errors:
         return
     for cure, number in report.cures.items():
-        if cure is not Cure.DROP and number:
+        if cure in mend.LOSSLESS and number:
             yield f"will {cure.value} {number} table entries"
     if _raises(subject):
         yield "will put the refcounts right"
+    if any(report.cures[cure] for cure in mend.FLAGS):
+        yield "will let each COPIED flag agree with its refcount"
     if subject.header.incompatible & _MARKS:
         yield "will clear the dirty and the corrupt bit, if a second check finds no errors"
 

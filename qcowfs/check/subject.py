@@ -101,6 +101,7 @@ class Subject:
         taken = np.flatnonzero(part)
         if len(taken):
             where = (first + int(taken[0])) << self.bits
+            self.report.hidden = True  # one of both was overwritten, and what it named with it
             self.error(f"overlaps {AREAS[part[taken[0]]]}", owner, host=where)
         part[part == UNCLAIMED] = area
         self.references[first : last + 1] += 1

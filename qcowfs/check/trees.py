@@ -8,7 +8,7 @@ that entries can be held against every place of metadata.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,12 +23,16 @@ L1_RESERVED = 0x7F00_0000_0000_01FF
 
 @dataclass(frozen=True)
 class Tree:
-    """One L1 table: where it lies, how many entries it has, whose it is."""
+    """One L1 table: where it lies, how many entries it has, whose it is.
+
+    One that overlaps other metadata must not be mended: that would change the other as well.
+    """
 
     label: str
     offset: int
     entries: int
     active: bool = False
+    may_mend: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,19 @@ class Trees:
 
     async def claim(self) -> None:
         """Claim all L1 tables, then all L2 tables that they name."""
-        self.trees = [
-            tree for tree in self.trees
-            if tree.entries == 0
-            or self._subject.claim(tree.offset, tree.entries * 8, L1_TABLE, f"{tree.label}, L1 table")
-            or not self._subject.is_past_end(tree.offset, tree.entries * 8)
-        ]  # fmt: skip
+        self.trees = [tree for tree in map(self._claimed, self.trees) if tree is not None]
         for tree in self.trees:
             words = await load_words(self._subject.file, tree.offset, tree.entries)
             self._claim_tables(tree, words)
+
+    def _claimed(self, tree: Tree) -> Tree | None:
+        """The tree with its L1 table claimed, None if that cannot be read."""
+        size = tree.entries * 8
+        if self._subject.claim(tree.offset, size, L1_TABLE, f"{tree.label}, L1 table"):
+            return tree
+        readable = self._subject.geometry.is_cluster_aligned(tree.offset)
+        readable &= not self._subject.is_past_end(tree.offset, size)
+        return replace(tree, may_mend=False) if readable else None
 
     def _claim_tables(self, tree: Tree, words: U64) -> None:
         """Judge the entries of an L1 table, then count and claim the L2 tables that they name."""
