@@ -96,7 +96,7 @@ class Counts:
             raise UsageError(
                 f"host offset {place:#x} would have more references than refcounts of "
                 f"{1 << self.header.refcount_order} bits hold, at most {self.maximum}; widen them with "
-                "qemu-img amend -o refcount_bits=16"
+                "qcowfs amend -o refcount_bits=16"
             )
         self.values[unique] += times.astype(self.values.dtype)
         self._note(unique)
