@@ -77,7 +77,7 @@ class BackingReference:
         if self.format is None and not policy.probe:
             self.refuse(
                 f"does not declare the format of its backing file {shown}; declare it with "
-                "qemu-img rebase -u -F FORMAT -b FILE, or trust the file's content with --probe-backing"
+                "qcowfs rebase -u -F FORMAT -b FILE, or trust the file's content with --probe-backing"
             )
         if self.format is not None and self.format not in FORMATS:
             self.refuse(

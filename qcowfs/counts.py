@@ -96,7 +96,7 @@ class Counts:
             raise UsageError(
                 f"host offset {place:#x} would have more references than refcounts of "
                 f"{1 << self.header.refcount_order} bits hold, at most {self.maximum}; widen them with "
-                "qemu-img amend -o refcount_bits=16"
+                "qcowfs amend -o refcount_bits=16"
             )
         self.values[unique] += times.astype(self.values.dtype)
         self._note(unique)
@@ -161,7 +161,7 @@ class Counts:
     def allocate_run(self, count: int) -> int:
         """Take free clusters that follow each other; the first of them."""
         free = np.flatnonzero((self.values == 0) & ~self.in_use)
-        fits = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1)
+        fits = np.flatnonzero(free[count - 1 :] - free[: max(0, len(free) - count + 1)] == count - 1)
         if not len(fits):
             self._grow(count)
             return self.allocate_run(count)

@@ -242,7 +242,7 @@ class Image:
         if self.header.dirty:
             log.warning("%s: is marked dirty (not closed cleanly); reading it is safe", self.label)
         if self.header.corrupt:
-            log.warning("%s: is marked corrupt; reads go on, check it with qemu-img check", self.label)
+            log.warning("%s: is marked corrupt; reads go on, check it with qcowfs check", self.label)
 
     def _open_data_file(self, options: OpenOptions, *, top: bool) -> None:
         path = options.data_file if top else None

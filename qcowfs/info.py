@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qcowfs import locks
+from qcowfs.bitmaps import list_bitmaps
 from qcowfs.errors import CorruptImage, ImageInUse
 from qcowfs.format import extensions as ext
 from qcowfs.format.bitmaps import BitmapDirectory, unpack_directory
@@ -46,6 +47,32 @@ async def read_info(path: Path, shown_as: str, warn: Callable[[str], None]) -> R
         return record
     finally:
         file.close()
+
+
+async def read_bitmaps(path: Path, shown_as: str, warn: Callable[[str], None]) -> list[Record]:
+    """A record for each persistent bitmap of the image at `path`.
+
+    It has the keys of `qemu-img info`, and `dirty-bytes`: what of the disk the bitmap calls dirty, None
+    where its bits cannot be trusted. Raises as `read_info` does, and `CorruptImage` for broken tables.
+    """
+    file = OsHostFile.open(path)
+    try:
+        _lock_if_free(file, warn)
+        found = await list_bitmaps(file, await read_header(file, shown_as))
+    except CorruptImage as error:
+        prefix = "" if str(error).startswith(shown_as) else f"{shown_as}: "
+        raise CorruptImage(f"{prefix}{error}") from None
+    finally:
+        file.close()
+    return [
+        {
+            "name": os.fsdecode(bitmap.name),
+            "granularity": bitmap.granularity,
+            "flags": bitmap.flags,
+            "dirty-bytes": bitmap.dirty_bytes,
+        }
+        for bitmap in found
+    ]
 
 
 def _lock_if_free(file: OsHostFile, warn: Callable[[str], None]) -> None:

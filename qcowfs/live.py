@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from qcowfs.bitmaps import KeptBitmaps
 from qcowfs.cache import SliceStore, TableCache
 from qcowfs.cluster_locks import ClusterLocks
 from qcowfs.epochs import ReadEpochs
@@ -71,14 +72,16 @@ class DiskWriter:
     """The live disk's writing side: what `Image` offers to its users."""
 
     def __init__(
-        self, parts: Parts, writer: Writer, zeroer: Zeroer, flusher: Flusher, metadata: MetadataMap
-    ) -> None:
+        self, parts: Parts, writer: Writer, zeroer: Zeroer, flusher: Flusher, metadata: MetadataMap,
+        bitmaps: KeptBitmaps,
+    ) -> None:  # fmt: skip
         """For `make_writer` only."""
         self._metadata = metadata
         self._parts = parts
         self._writer = writer
         self._zeroer = zeroer
         self._flusher = flusher
+        self._bitmaps = bitmaps
         self._incompatible = parts.header.incompatible
         self._prepared = False
         self._detect = parts.detect_zeroes
@@ -93,6 +96,7 @@ class DiskWriter:
         if self._detect is not DetectZeroes.OFF and is_zero(data):
             return False
         self.writes += 1
+        self._bitmaps.add(guest, len(data))
         return self._writer.write_now(guest, data)
 
     async def write(self, guest: int, data: bytes | bytearray | memoryview) -> None:
@@ -148,7 +152,12 @@ class DiskWriter:
         successor._writer.linked = self._writer.linked
         self._parts, self._metadata = successor._parts, successor._metadata
         self._writer, self._zeroer, self._flusher = successor._writer, successor._zeroer, successor._flusher
+        self._bitmaps.follow(successor._bitmaps)
         self.writes += 1
+
+    def note_all_changed(self) -> None:
+        """Let every bitmap know that the whole disk may have changed."""
+        self._bitmaps.add(0, self._parts.view.size)
 
     def forbid(self) -> None:
         """Let nothing more be written, since what is on disk is not certain."""
@@ -157,6 +166,8 @@ class DiskWriter:
     async def finish(self) -> None:
         """Write everything back before the files are closed."""
         await self._flusher.flush_all()
+        self._prepared = False
+        await self._bitmaps.store()
 
     @property
     def allocated_since_open(self) -> int:
@@ -189,11 +200,14 @@ class DiskWriter:
             raise CorruptImage(f"{self._parts.label}: was marked corrupt; nothing more is written")
         if not self._prepared:
             await self._clear_autoclear()
+        self._bitmaps.add(guest, length)
 
     async def _clear_autoclear(self) -> None:
-        """Clear the bits whose structures this writer does not keep right: unknown ones and bitmaps."""
+        """Clear the bits whose structures this writer does not keep right: unknown ones, lost bitmaps."""
         header = self._parts.header
         kept = header.autoclear & Autoclear.RAW_EXTERNAL_DATA
+        if await self._bitmaps.begin(self._parts.label):
+            kept |= Autoclear.BITMAPS
         if header.version >= 3 and kept != header.autoclear:
             await self._parts.file.write_from([(AUTOCLEAR_FIELD, kept.to_bytes(8, "big"))])
             await self._parts.file.sync()
@@ -202,7 +216,7 @@ class DiskWriter:
     async def _marked_corrupt(self, rule: str) -> CorruptImage:
         """Set the corrupt bit, where the version has one; the error to raise."""
         text = f"{self._parts.label}: write refused: {rule}"
-        log.error("%s; marked corrupt, repair it with qemu-img check -r all", text)
+        log.error("%s; marked corrupt, repair it with qcowfs check --repair all", text)
         self._incompatible |= _CORRUPT
         if self._parts.header.version >= 3:
             field = self._incompatible.to_bytes(8, "big")
@@ -242,11 +256,12 @@ async def make_writer(parts: Parts) -> DiskWriter:
     linker, locks = Linker(tables, parts.view.mapping), ClusterLocks()
     writer = Writer(parts.view, linker, target, locks)
     zeroer = Zeroer(writer, linker, target, locks, parts.view.size)
-    return DiskWriter(parts, writer, zeroer, flusher, metadata)
+    bitmaps = KeptBitmaps(parts.file, header, refcounts, flusher, metadata)
+    return DiskWriter(parts, writer, zeroer, flusher, metadata, bitmaps)
 
 
 def _refuse_states(parts: Parts) -> None:
-    how = "repair it with qemu-img check -r all, or open it read-only"
+    how = "repair it with qcowfs check --repair all, or open it read-only"
     if parts.header.corrupt:
         raise CorruptImage(f"{parts.label}: is marked corrupt, so nothing may be written; {how}")
     if parts.header.dirty:

@@ -96,7 +96,7 @@ class Refcounts:
             raise UsageError(
                 f"host offset {cluster * self._cluster_size:#x} would have {count} references, "
                 f"refcounts of {self._words.bits} bits hold {self.maximum}; widen them with "
-                "qemu-img amend -o refcount_bits=16"
+                "qcowfs amend -o refcount_bits=16"
             )
         if count < 0:
             raise self._not_counted(cluster)

@@ -46,6 +46,7 @@ async def revert(image: Image, snapshot: Snapshot) -> None:
     """Set the live disk to a snapshot's content and size; what was written since is lost."""
     _find(image, snapshot)
     await _change(image, snapshotting.revert(snapshot))
+    _writer(image).note_all_changed()
 
 
 async def resize(image: Image, size: int, *, shrink: bool = False) -> None:

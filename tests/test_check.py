@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from qcowfs.check import check
+from qcowfs.check import Finding, Kind, check
+from qcowfs.check.checker import inspect
+from qcowfs.check.findings import MOST_LISTED
 from qcowfs.testing import MemoryHostFile
+from tests.asserting import little_memory
 from tests.host_files import place_of_entry, poke_word, word
 from tests.shapes import DISK, Shape, make
 
@@ -13,6 +16,7 @@ C = 512
 COPIED, ZERO = 1 << 63, 1
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 PLAIN = Shape(cluster_size=C, size=200 << 10, bulk=40 * C, filled=False)
+BIG = Shape(bulk=65536, filled=False)
 FULL = Shape(cluster_size=C, size=200 << 10, snapshot=True)
 
 
@@ -47,9 +51,8 @@ def count_at(data: bytearray, host: int) -> int:
 async def test_what_qemu_made_is_clean(shape: Shape) -> None:
     data = image(shape)
     assert await found(data) == ([], [])
-    assert (await check(MemoryHostFile(bytes(data)))).references.total() * shape.cluster_size >= len(
-        data
-    ) // 2
+    subject = (await inspect(MemoryHostFile(bytes(data)))).subject
+    assert int(subject.references.sum()) * shape.cluster_size >= len(data) // 2
 
 
 @pytest.mark.parametrize("which", ["header", "L1", "L2", "table", "block", "data"])
@@ -96,50 +99,130 @@ async def test_a_missing_flag_is_found(level: str) -> None:
     place = entry if level == "L2" else word(data, 40)
     host = word(data, place) & OFFSET_MASK
     poke_word(data, place, host)
-    name = f"guest offset {C:#x}" if level == "L2" else "active L1 table entry 0"
-    expected = f"{name}: COPIED is False but host offset {host:#x} has refcount 1"
-    assert await found(data) == ([expected], [])
+    owner, guest, what = (
+        ("live disk", C, "cluster") if level == "L2" else ("live disk, L1 table", 0, "L2 table")
+    )
+    assert await found(data) == (
+        [
+            (
+                f"{owner}, guest offset {guest:#x}, host offset {host:#x}, entry at {place:#x} ({host:#x}): "
+                f"lacks the COPIED flag, but its {what}'s refcount is 1"
+            )
+        ],
+        [],
+    )
 
 
 async def test_a_flag_on_a_shared_cluster_is_found() -> None:
     data = image()
-    host = word(data, place_of_entry(data, C)) & OFFSET_MASK
-    poke_word(data, count_at(data, host), 2, 2)
+    entry = word(data, place_of_entry(data, C))
+    poke_word(data, count_at(data, entry & OFFSET_MASK), 2, 2)
     errors, _ = await found(data)
-    assert errors == [f"guest offset {C:#x}: COPIED is True but host offset {host:#x} has refcount 2"]
+    assert errors == [at(data, C, entry) + "has the COPIED flag, but its cluster's refcount is not 1"]
+
+
+def at(data: bytearray, guest: int, entry: int) -> str:
+    """How a finding names the entry of a guest offset."""
+    place, host = place_of_entry(data, guest), entry & OFFSET_MASK
+    return f"live disk, guest offset {guest:#x}, host offset {host:#x}, entry at {place:#x} ({entry:#x}): "
 
 
 @pytest.mark.parametrize(
-    ("entry", "error"),
+    ("entry", "rule"),
     [
-        (1 << 40, "guest offset 0x200: host offset 0x10000000000 lies past the end of the file"),
-        (COPIED | 1 << 62 | 0x1000, "guest offset 0x200: a compressed cluster has the COPIED flag"),
+        (1 << 40, "the cluster lies past the end of the file"),
+        (COPIED | 0x1201, "the cluster is not cluster aligned"),
+        (COPIED, "the COPIED flag without a cluster"),
+        (1 << 40 | ZERO, "the cluster lies past the end of the file"),
+        (ZERO | 2, "reserved bits are set"),
+        (0, ""),
     ],
 )
-async def test_a_broken_entry_is_found(entry: int, error: str) -> None:
+async def test_a_broken_entry_is_found(entry: int, rule: str) -> None:
+    data = image(BIG)
+    if entry & 0x200:
+        entry &= ~ZERO
+    place = word(data, word(data, 40)) & OFFSET_MASK
+    poke_word(data, place, entry)
+    errors, leaks = await found(data)
+    host = entry & OFFSET_MASK
+    named = f"live disk, guest offset 0x0, host offset {host:#x}, entry at {place:#x} ({entry:#x}): "
+    assert errors == ([named + rule] if rule else [])
+    assert len(leaks) == 1
+
+
+@pytest.mark.parametrize(
+    ("offset", "rule"),
+    [
+        (0, "the compressed cluster overlaps the header"),
+        (1 << 40, "the compressed cluster lies past the end of the file"),
+    ],
+)
+async def test_a_broken_compressed_entry_is_found(offset: int, rule: str) -> None:
     data = image()
-    poke_word(data, place_of_entry(data, C), entry)
+    poke_word(data, place_of_entry(data, C), COPIED | 1 << 62 | offset)
     errors, _ = await found(data)
-    assert error in errors
+    named = f"live disk, guest offset 0x200, host offset {offset:#x}, "
+    rules = {line.rpartition(": ")[2] for line in errors if line.startswith(named)}
+    assert rules == {"a compressed cluster has the COPIED flag", rule}
 
 
-async def test_tables_and_blocks_and_clusters_have_to_be_aligned() -> None:
-    data = image(Shape(bulk=65536, filled=False))
-    poke_word(data, place_of_entry(data, 0), COPIED | 0x1200)
+async def test_tables_and_blocks_have_to_be_aligned_and_in_the_file() -> None:
+    data = image(BIG)
+    l1, table = word(data, 40), word(data, 48)
+    for offset, rule in ((0x1200, "is not cluster aligned"), (1 << 40, "lies past the end of the file")):
+        poke_word(data, l1, COPIED | offset)
+        poke_word(data, table + 8, offset)
+        report = await check(MemoryHostFile(bytes(data)))
+        assert report.hidden
+        assert [line for line in report.errors if "refcount block" in line] == [
+            (
+                f"refcount table, host offset {offset:#x}, entry at {table + 8:#x} ({offset:#x}): "
+                f"the refcount block {rule}"
+            )
+        ]
+        assert [line for line in report.errors if "L2 table" in line] == [
+            (
+                f"live disk, L1 table, guest offset 0x0, host offset {offset:#x}, entry at {l1:#x} "
+                f"({COPIED | offset:#x}): the L2 table {rule}"
+            )
+        ]
+
+
+@pytest.mark.parametrize("which", ["header", "L1", "L2", "table", "block", "snapshots", "other L1"])
+async def test_data_over_metadata_is_found_even_where_the_counts_agree(which: str) -> None:
+    data = image(Shape(cluster_size=C, size=200 << 10, bulk=40 * C, filled=False, snapshot=True))
+    entry = place_of_entry(data, 0)  # in a table that both trees share
+    snapshots = word(data, 64)
+    hosts = {
+        "header": (0, "the header"), "L1": (word(data, 40), "an L1 table"),
+        "L2": (entry // C * C, "an L2 table"), "table": (word(data, 48), "the refcount table"),
+        "block": (word(data, word(data, 48)), "a refcount block"),
+        "snapshots": (snapshots, "the snapshot table"), "other L1": (word(data, snapshots), "an L1 table"),
+    }  # fmt: skip
+    host, name = hosts[which]
+    count = count_at(data, host)
+    poke_word(data, count, word(data, count, 2) + 2, 2)
+    poke_word(data, entry, host or 1 << 62)
     errors, _ = await found(data)
-    assert errors == ["guest offset 0x0: cluster offset 0x1200 is not cluster aligned"]
-    poke_word(data, word(data, 40), COPIED | 0x1200)
-    poke_word(data, word(data, 48) + 8, 0x1200)
-    errors, _ = await found(data)
-    assert "active L1 table entry 0: L2 table offset 0x1200 is not cluster aligned" in errors
-    assert "refcount table entry 1: block 0x1200 is not cluster aligned" in errors
+    assert any(line.endswith(f"cluster overlaps {name}") for line in errors)
+    assert not any(line.startswith(f"host offset {host:#x}: refcount") for line in errors)
+
+
+async def test_an_l2_table_on_other_metadata_is_no_table() -> None:
+    data = image()
+    poke_word(data, word(data, 40), COPIED | word(data, 48))
+    report = await check(MemoryHostFile(bytes(data)))
+    assert report.hidden
+    assert report.errors[0].endswith("the L2 table overlaps the refcount table")
 
 
 async def test_the_zero_flag_is_an_error_in_version_2() -> None:
     data = image(Shape(cluster_size=C, size=200 << 10, version=2, bulk=40 * C, filled=False))
     place = place_of_entry(data, C)
-    poke_word(data, place, word(data, place) | ZERO)
-    assert await found(data) == ([f"guest offset {C:#x}: the zero flag is not valid here"], [])
+    entry = word(data, place) | ZERO
+    poke_word(data, place, entry)
+    assert await found(data) == ([at(data, C, entry) + "the zero flag, which version 2 does not know"], [])
 
 
 @pytest.mark.parametrize("bitmap", [1 << 32 | 1, 1 << 35 | 1 << 3])
@@ -147,12 +230,59 @@ async def test_a_subcluster_that_is_both_allocated_and_zero_is_found(bitmap: int
     data = image(Shape(extended_l2=True, bulk=65536, filled=False))
     l2_table = word(data, word(data, 40)) & OFFSET_MASK
     poke_word(data, l2_table + 8, bitmap)
-    expected = f"guest offset 0x0: subcluster bitmap {bitmap:#x} contradicts itself"
-    assert await found(data) == ([expected], [])
+    [error], leaks = await found(data)
+    assert error.endswith(": a subcluster is marked both allocated and zero")
+    assert leaks == []
+
+
+async def test_allocated_subclusters_need_a_cluster() -> None:
+    data = image(Shape(extended_l2=True, bulk=65536, filled=False))
+    l2_table = word(data, word(data, 40)) & OFFSET_MASK
+    poke_word(data, l2_table, 0)
+    [error], [leak] = await found(data)
+    assert error.endswith(": subclusters are allocated but the cluster has no offset")
+    assert leak.endswith(": refcount 1, references 0")
+
+
+async def test_a_cluster_that_does_not_inflate_is_found_when_asked_for() -> None:
+    data = image(Shape())
+    table = word(data, word(data, 40)) & OFFSET_MASK
+    words = [word(data, table + 8 * n) for n in range(12)]
+    packed = next(n for n, entry in enumerate(words) if entry >> 62 == 1)
+    host = words[packed] & (1 << 54) - 1
+    data[host : host + 8] = b"\xff" * 8
+    assert await found(data) == ([], [])
+    report = await check(MemoryHostFile(bytes(data)), data=True)
+    [finding] = report.findings
+    assert (finding.kind, finding.guest, finding.host) == (Kind.LOST, packed * 65536, host)
+    assert finding.rule.startswith("compressed cluster ")
+
+
+async def test_memory_is_bounded_by_the_file_whatever_its_pointers_say() -> None:
+    data = image()
+    poke_word(data, place_of_entry(data, C), COPIED | 1 << 55)
+    poke_word(data, place_of_entry(data, 2 * C), 1 << 62 | (1 << 61) - 1)
+    poke_word(data, word(data, 48) + 16, 1 << 62)
+    with little_memory(4 << 20):
+        errors, _ = await found(data)
+    assert len([line for line in errors if "past the end" in line]) == 3
+
+
+async def test_what_is_found_a_million_times_is_listed_a_thousand_times() -> None:
+    data = image(Shape(cluster_size=C, size=200 << 10, bulk=200 << 10, filled=False))
+    table = word(data, 48)
+    data[word(data, table) : word(data, table) + C] = bytes(C)
+    data[word(data, table + 8) : word(data, table + 8) + C] = bytes(C)
+    report = await check(MemoryHostFile(bytes(data)))
+    assert report.totals[Kind.ERROR] > 800  # each cluster, and each flag
+    assert len(report.findings) < report.totals[Kind.ERROR]
+    report.add_many(Kind.LEAK, (Finding(Kind.LEAK, "x") for _ in range(2000)), 2000)
+    assert (len(report.leaks), report.totals[Kind.LEAK]) == (MOST_LISTED, 2000)
 
 
 async def test_a_damaged_snapshot_table_is_an_error() -> None:
     data = image(FULL)
     poke_word(data, word(data, 64), 0x123)
-    errors, _ = await found(data)
-    assert errors
+    report = await check(MemoryHostFile(bytes(data)))
+    assert report.hidden
+    assert 'snapshot "1", host offset 0x123: ' in report.errors[0]

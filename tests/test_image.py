@@ -101,7 +101,7 @@ async def test_unknown_compatible_and_autoclear_features_are_no_obstacle() -> No
     ("bit", "text"),
     [
         (BIT_DIRTY, "is marked dirty (not closed cleanly); reading it is safe"),
-        (BIT_CORRUPT, "is marked corrupt; reads go on, check it with qemu-img check"),
+        (BIT_CORRUPT, "is marked corrupt; reads go on, check it with qcowfs check"),
     ],
 )
 async def test_a_marked_image_is_read_with_a_warning(

@@ -175,7 +175,7 @@ async def test_no_backing_refuses_even_a_sound_backing_file() -> None:
 
 
 UNDECLARED = (
-    'does not declare the format of its backing file "b"; declare it with qemu-img rebase -u -F FORMAT '
+    'does not declare the format of its backing file "b"; declare it with qcowfs rebase -u -F FORMAT '
     "-b FILE, or trust the file's content with --probe-backing"
 )
 

@@ -17,7 +17,7 @@ C = 512
 COPIED = 1 << 63
 SHAPE = Shape(cluster_size=C, size=200 << 10, filled=False)
 PATH = FOLDER / "disk.qcow2"
-HOW = "repair it with qemu-img check -r all, or open it read-only"
+HOW = "repair it with qcowfs check --repair all, or open it read-only"
 
 
 def image_file(**fields: int) -> MemoryHostFile:

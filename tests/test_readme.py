@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfs.cli import exits
+from qcowfs.cli import check, exits
 from qcowfs.cli.main import COMMANDS
 from qcowfs.cli.mount_words import as_arguments
 from qcowfs.format.snapshot_table import Snapshot
@@ -88,6 +88,11 @@ def test_the_table_of_exit_codes_is_the_programs() -> None:
     listed = [int(row[0]) for row in table(README, "## Exit codes")]
     codes = {exits.EXIT_OK, exits.EXIT_HOST, *exits.EXIT_CODES.values(), exits.EXIT_INTERRUPTED}
     assert listed == sorted(codes)
+
+
+def test_the_table_of_the_checks_codes_is_the_commands() -> None:
+    listed = [int(row[0]) for row in table(README, "## Check")]
+    assert listed == [check.CLEAN, check.NOT_COMPLETED, check.DAMAGED, check.LEAKING, check.UNSUPPORTED]
 
 
 def test_every_test_file_that_proves_something_exists() -> None:

@@ -86,7 +86,7 @@ async def test_an_overflow_is_refused_before_anything_changes(bits: int) -> None
     await it.flush()
     text = (
         f"host offset {offset:#x} would have {most + 1} references, refcounts of {bits} bits hold {most}; "
-        "widen them with qemu-img amend -o refcount_bits=16"
+        "widen them with qcowfs amend -o refcount_bits=16"
     )
     with raises_exactly(UsageError, text):
         await it.refcounts.change(offset // C, 1)

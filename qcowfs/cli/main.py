@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from qcowfs import __version__
-from qcowfs.cli.exits import EXIT_USAGE, guarded
+from qcowfs.cli.exits import EXIT_HOST, EXIT_USAGE, guarded
 from qcowfs.cli.mount_helper import mount_command
 from qcowfs.cli.mount_words import expand
 
@@ -21,6 +21,11 @@ COMMANDS = {
     "info": "tell what an image is and holds",
     "snapshot": "list, take, drop, rename or go back to snapshots",
     "resize": "change the size of the live disk",
+    "check": "find what is wrong with an image, and mend it",
+    "bitmap": "list an image's persistent bitmaps",
+    "commit": "write an overlay's content to its backing file",
+    "rebase": "put an overlay on another backing file",
+    "amend": "change an image's version, refcounts or backing file's name",
 }
 
 EPILOG = """exit codes: 0 done, 1 the host failed (file, disk), 2 wrong usage or not a qcow2 image,
@@ -39,12 +44,22 @@ def _run(words: list[str]) -> int:
     if words[:1] == ["mount"]:
         words = expand(words)
     parser, chosen = _parser(words)
-    args = parser.parse_args(words)
+    args = _parse(parser, words, chosen)
     if chosen is None:
         parser.print_help()
         return EXIT_USAGE
     code: int = importlib.import_module(f"qcowfs.cli.{chosen}").run(args)
     return code
+
+
+def _parse(parser: argparse.ArgumentParser, words: list[str], chosen: str | None) -> argparse.Namespace:
+    """The arguments; wrong ones end `check` with the code of qemu-img check, where 2 means damage."""
+    try:
+        return parser.parse_args(words)
+    except SystemExit as end:
+        if chosen == "check" and end.code == EXIT_USAGE:
+            raise SystemExit(EXIT_HOST) from None
+        raise
 
 
 def mount_main() -> int:

@@ -7,13 +7,19 @@ extension" and "Bitmap directory".
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qcowfs.errors import CorruptImage
 
 MAX_BITMAPS = 65535
 MAX_DIRECTORY_BYTES = 1024 * MAX_BITMAPS
 FLAG_IN_USE, FLAG_AUTO = 1 << 0, 1 << 1
+TYPE_DIRTY = 1
+TABLE_SIZE_AT, FLAGS_AT = 8, 12
+"""Where the number of table entries and the flags lie in a directory entry: 4 bytes each."""
+TABLE_ALL_ONES = 1
+"""The table entry of a cluster of bits that are all set; 0 means that none is."""
+_KNOWN_FLAGS = FLAG_IN_USE | FLAG_AUTO
 FLAG_NAMES = {FLAG_IN_USE: "in-use", FLAG_AUTO: "auto"}
 
 _EXTENSION = struct.Struct(">IIQQ")
@@ -41,13 +47,19 @@ class BitmapDirectory:
 
 @dataclass(frozen=True)
 class BitmapEntry:
-    """One bitmap; `granularity` is the number of guest bytes a bit stands for."""
+    """One bitmap; `granularity` is the number of guest bytes a bit stands for.
+
+    `start` is where its entry lies in the directory. A program may use it if it is `plain`: of the one
+    known type, without flags or data that are unknown.
+    """
 
     table_offset: int
     table_size: int
     flags: int
     granularity: int
     name: bytes
+    start: int = field(default=0, compare=False)
+    plain: bool = field(default=True, compare=False)
 
     @property
     def flag_names(self) -> list[str]:
@@ -62,10 +74,12 @@ def unpack_directory(data: bytes, count: int) -> list[BitmapEntry]:
     for number in range(1, count + 1):
         if start + _ENTRY.size > len(data):
             raise CorruptImage(f"bitmap directory: entry {number} of {count} is cut short")
-        table, size, flags, _, granularity, name_size, extra_size = _ENTRY.unpack_from(data, start)
+        table, size, flags, kind, granularity, name_size, extra_size = _ENTRY.unpack_from(data, start)
         name_at = start + _ENTRY.size + extra_size
         if name_at + name_size > len(data) or granularity > 63:
             raise CorruptImage(f"bitmap directory: entry {number} of {count} is cut short or senseless")
-        entries.append(BitmapEntry(table, size, flags, 1 << granularity, data[name_at : name_at + name_size]))
+        name = data[name_at : name_at + name_size]
+        plain = kind == TYPE_DIRTY and not extra_size and not flags & ~_KNOWN_FLAGS
+        entries.append(BitmapEntry(table, size, flags, 1 << granularity, name, start, plain))
         start = (name_at + name_size + 7) & ~7
     return entries

@@ -91,11 +91,14 @@ class Header:
         header._check_limits()
         return header
 
-    def pack(self) -> bytes:
-        """The header, its extensions and the backing file name as QEMU lays them out."""
+    def pack(self, name_at: int = 0) -> bytes:
+        """The header, its extensions and the backing file name as QEMU lays them out.
+
+        The name may be put further back, at `name_at`.
+        """
         body = ext.pack(self.extensions)
         name = self.backing_name or b""
-        name_offset = self.header_length + len(body) if self.backing_name is not None else 0
+        name_offset = max(name_at, self.header_length + len(body)) if self.backing_name is not None else 0
         fixed = _V2.pack(
             MAGIC, self.version, name_offset, len(name), self.cluster_bits, self.size,
             self.crypt_method, self.l1_size, self.l1_table_offset, self.refcount_table_offset,
@@ -103,7 +106,7 @@ class Header:
         )  # fmt: skip
         if self.version >= 3:
             fixed += self._pack_v3()
-        return fixed + body + name
+        return (fixed + body).ljust(name_offset, b"\0") + name
 
     def _pack_v3(self) -> bytes:
         fixed = _V3.pack(

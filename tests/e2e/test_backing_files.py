@@ -158,7 +158,7 @@ def test_an_undeclared_format_is_refused_unless_the_user_trusts_the_content(
     undeclare(image)
     assert_refused(
         image,
-        f'{image}: does not declare the format of its backing file "base.raw"; declare it with qemu-img '
+        f'{image}: does not declare the format of its backing file "base.raw"; declare it with qcowfs '
         "rebase -u -F FORMAT -b FILE, or trust the file's content with --probe-backing",
     )
     with mounted(image, "--probe-backing") as mount:

@@ -248,5 +248,5 @@ def test_an_image_that_is_marked_corrupt_or_dirty_is_read_with_a_warning(image: 
         assert mount.disk.read_bytes() == raw.read_bytes()
         assert mount.take_complaints() == [
             f"WARNING {image}: is marked dirty (not closed cleanly); reading it is safe",
-            f"WARNING {image}: is marked corrupt; reads go on, check it with qemu-img check",
+            f"WARNING {image}: is marked corrupt; reads go on, check it with qcowfs check",
         ]

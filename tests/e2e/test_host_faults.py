@@ -155,7 +155,7 @@ def test_an_image_that_stays_on_a_full_host_is_consistent_after_the_unmount(smal
         assert all(os.pread(fd, CHUNK, n * CHUNK) == chunk(n)[1] for n in range(synced))
 
 
-REPAIR = "repair it with qemu-img check -r all, or open it read-only"
+REPAIR = "repair it with qcowfs check --repair all, or open it read-only"
 
 
 @pytest.mark.parametrize(

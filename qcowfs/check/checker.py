@@ -1,0 +1,63 @@
+"""The check of an image from beginning to end.
+
+Owns the order: the header, counts, areas and L1 tables are known before L2 entries are held against them.
+Must not know how any of it is judged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qcowfs.check import areas, counts
+from qcowfs.check.findings import Report
+from qcowfs.check.packed import inflate_all
+from qcowfs.check.subject import HEADER, Subject, open_subject
+from qcowfs.check.trees import Tree, Trees
+from qcowfs.check.walk import walk
+from qcowfs.hostfile import HostFile
+
+
+async def check(file: HostFile, *, data: bool = False) -> Report:
+    """Check an image; with `data`, inflate every compressed cluster as well.
+
+    Raises `NotQcow2` and `UnsupportedFeature` where nothing can be checked, `CorruptImage` where the
+    header cannot be read, `OSError` as the host does.
+    """
+    return (await inspect(file, data=data)).subject.report
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a check knows in the end: all that was counted, and the trees."""
+
+    subject: Subject
+    trees: Trees
+
+
+async def inspect(file: HostFile, *, data: bool = False) -> Inspection:
+    """As `check`, with all that was counted, for repairs."""
+    subject = await open_subject(file)
+    subject.claim(0, subject.geometry.cluster_size, HEADER, "header")
+    await counts.load_counts(subject)
+    trees = await find_trees(subject)
+    await trees.claim()
+    await walk(subject, trees)
+    if data:
+        await inflate_all(subject, trees)
+    counts.compare(subject)
+    subject.report.allocation.total = subject.header.virtual_size // subject.geometry.cluster_size
+    subject.report.allocation.total += bool(subject.header.virtual_size % subject.geometry.cluster_size)
+    return Inspection(subject, trees)
+
+
+async def find_trees(subject: Subject) -> Trees:
+    """The active tree and those of the snapshots, once everything else is claimed."""
+    header = subject.header
+    await areas.claim_luks(subject)
+    await areas.claim_bitmaps(subject)
+    trees = [Tree("live disk", header.l1_table_offset, header.l1_size, active=True)]
+    trees += [
+        Tree(areas.name_of(snapshot), snapshot.l1_table_offset, snapshot.l1_size)
+        for snapshot in await areas.load_snapshots(subject)
+    ]
+    return Trees(subject, trees)

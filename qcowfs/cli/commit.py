@@ -1,0 +1,29 @@
+"""`qcowfs commit IMAGE`.
+
+Owns the options. Must not know what is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="the overlay")
+    parser.add_argument("--keep", "-d", action="store_true", help="do not empty the overlay afterwards")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the overlay's content to its backing file."""
+    from functools import partial
+
+    import trio
+
+    from qcowfs.backing import BackingPolicy
+    from qcowfs.commit import commit
+
+    written = trio.run(partial(commit, args.image, BackingPolicy(), keep=args.keep))
+    print(f"{written} bytes were committed")
+    return 0
