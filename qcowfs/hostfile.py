@@ -118,6 +118,12 @@ class OsHostFile:
             raise UsageError(f"{path}: is {_kind_of(mode)}, neither a regular file nor a block device")
         return cls(path, fd)
 
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], flags: int = os.O_EXCL) -> OsHostFile:
+        """A new empty file, never one that exists; with `os.O_TMPFILE` one without a name in that folder."""
+        access = os.O_RDWR | os.O_CLOEXEC | (flags if flags & os.O_TMPFILE else flags | os.O_CREAT)
+        return cls(path, os.open(path, access, 0o644))
+
     @property
     def name(self) -> str:
         """The path that the file was opened from."""
@@ -244,6 +250,14 @@ class OsHostFile:
         else:
             await run_in_thread(os.fdatasync, self._fd)
         self._last_sync = time.monotonic() - start
+
+    async def truncate(self, size: int) -> None:
+        """Make the file that long; what is added reads as zeros and takes no space."""
+        await run_in_thread(os.ftruncate, self._fd, size)
+
+    async def allocate(self, offset: int, length: int) -> None:
+        """Have the host set space aside for a range. Raises `OSError` as the host does."""
+        await run_in_thread(os.posix_fallocate, self._fd, offset, length)
 
     def close(self) -> None:
         """Give the descriptor back; locks on it end with it."""

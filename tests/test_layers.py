@@ -21,7 +21,9 @@ LAYERS = {
     "gate": 0,
     "format": 10, "codecs": 11,
     "syscalls": 18, "write_behind": 19,
+    "creation": 15, "layout": 15,
     "hostfile": 20, "locks": 20,
+    "newfile": 25,
     "testing": 30, "backing": 30, "cache": 30,
     "refcounts": 40,
     "counts": 41, "table_walk": 41, "draft": 42,
@@ -33,6 +35,7 @@ LAYERS = {
     "writing": 66, "zeroing": 67,
     "live": 68,
     "image": 70, "states": 71,
+    "create": 69, "disks": 72,
     "info": 75,
     "daemon": 80,
     "cli": 90,
@@ -40,7 +43,7 @@ LAYERS = {
 }  # fmt: skip
 FOLDERS = ("format", "codecs", "daemon", "cli")
 DAEMON = LAYERS["daemon"]
-PURE = ("errors", "text", "geometry", "lru", "metadata_map", "epochs", "format", "codecs")
+PURE = ("errors", "text", "geometry", "lru", "metadata_map", "epochs", "format", "codecs", "layout")
 
 
 @dataclass(frozen=True)

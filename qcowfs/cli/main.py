@@ -21,6 +21,7 @@ COMMANDS = {
     "info": "tell what an image is and holds",
     "snapshot": "list, take, drop, rename or go back to snapshots",
     "resize": "change the size of the live disk",
+    "create": "make a new, empty image",
 }
 
 EPILOG = """exit codes: 0 done, 1 the host failed (file, disk), 2 wrong usage or not a qcow2 image,
