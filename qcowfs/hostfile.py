@@ -31,6 +31,8 @@ ReadRequest = tuple[int, memoryview]
 """A host offset and the buffer to fill from there."""
 WriteRequest = tuple[int, bytes | bytearray | memoryview]
 """A host offset and the bytes to write there."""
+Stretch = tuple[int, int, bool]
+"""Where a part of a file starts and ends, and whether it holds data."""
 
 SLOW_WRITE = 0.05
 SLOW_WRITE_PAUSE = 0.25
@@ -67,6 +69,9 @@ class HostFile(Protocol):
 
     async def read_into(self, requests: Sequence[ReadRequest]) -> None:
         """Fill every buffer; bytes past the end of the file become zeros."""
+
+    async def data_and_holes(self, start: int, end: int) -> list[Stretch]:
+        """The range in stretches that hold data and stretches that the host knows to be zeros."""
 
     def write_now(self, offset: int, data: bytes | memoryview) -> bool:
         """Write the whole buffer if that takes no waiting; whether it was written."""
@@ -171,6 +176,32 @@ class OsHostFile:
             return False
         rest[:] = bytes(len(rest))
         return True
+
+    async def data_and_holes(self, start: int, end: int) -> list[Stretch]:
+        """The range in stretches of data and holes; all data where the host does not tell."""
+        return await run_in_thread(self._data_and_holes, start, end)
+
+    def _data_and_holes(self, start: int, end: int) -> list[Stretch]:
+        found: list[Stretch] = []
+        while start < end:
+            data = self._seek(start, os.SEEK_DATA, end)
+            if data > start:
+                found.append((start, data, False))
+            start = self._seek(data, os.SEEK_HOLE, end) if data < end else end
+            if start > data:
+                found.append((data, start, True))
+        return found
+
+    def _seek(self, start: int, whence: int, end: int) -> int:
+        """Where data or a hole comes next, at most `end`."""
+        try:
+            return min(os.lseek(self._fd, start, whence), end)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # past the end of the file, or only a hole up to there
+                return end
+            if error.errno != errno.EINVAL:
+                raise
+            return start if whence == os.SEEK_DATA else end
 
     def _read_blocking(self, requests: Sequence[ReadRequest]) -> None:
         for offset, buffer in requests:

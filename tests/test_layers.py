@@ -36,6 +36,7 @@ LAYERS = {
     "live": 68,
     "image": 70, "states": 71,
     "create": 69, "disks": 72,
+    "tables": 59, "extents": 74,
     "info": 75,
     "daemon": 80,
     "cli": 90,

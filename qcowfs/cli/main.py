@@ -22,6 +22,7 @@ COMMANDS = {
     "snapshot": "list, take, drop, rename or go back to snapshots",
     "resize": "change the size of the live disk",
     "create": "make a new, empty image",
+    "map": "tell where the bytes of a disk lie",
 }
 
 EPILOG = """exit codes: 0 done, 1 the host failed (file, disk), 2 wrong usage or not a qcow2 image,

@@ -1,0 +1,47 @@
+"""Every kind of image through every tool that reads disks, each against what qemu-img makes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcowfs.disks import Disk, open_disk
+from qcowfs.extents import disk_extents
+from qcowfs.image import OpenOptions
+from tests.e2e.kinds import Form, Made, kinds_for
+from tests.e2e.tools import KIB, MIB, edits, qemu_img, qemu_io
+
+Maker = Callable[[Path, Form], Made]
+
+FORMS = [Form("v2", 4 * KIB), Form("v3", 512), Form("v3", 64 * KIB), Form("v3", 2 * MIB)]
+CASES = [
+    pytest.param(form, make, id=f"{form.version}-{form.cluster_size}-{make.__name__}")
+    for form in FORMS
+    for make in kinds_for(form)
+]
+
+
+def options_for(made: Made) -> OpenOptions:
+    """How the image is opened in this process."""
+    return OpenOptions(data_file=Path(made.options[1])) if made.options else OpenOptions()
+
+
+@pytest.mark.parametrize(("form", "make"), CASES)
+async def test_each_kind_of_image_is_what_qemu_takes_it_for(form: Form, make: Maker, tmp_path: Path) -> None:
+    made = make(tmp_path, form)
+    qemu_io(made.image, *edits(form.size, form, 6))
+    if made.has_snapshots:
+        qemu_img("snapshot", "-c", "first", made.image)
+        qemu_io(made.image, *edits(form.size, f"{form} again", 3))
+    async with open_disk(made.image, "qcow2", options_for(made)) as disk:
+        assert await mapped(disk) == json.loads(qemu_img("map", "--output=json", made.image))
+
+
+async def mapped(disk: Disk) -> list[dict[str, Any]]:
+    """The map with the keys that this version of qemu-img knows."""
+    known = ("start", "length", "depth", "present", "zero", "data", "offset")
+    return [{k: v for k, v in e.record().items() if k in known} async for e in disk_extents(disk)]
