@@ -127,6 +127,14 @@ class Image:
                 raise
         return image
 
+    async def __aenter__(self) -> Image:
+        """The image itself, closed by `aclose` when the block ends."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Write everything back and close the files."""
+        await self.aclose()
+
     @property
     def size(self) -> int:
         """Bytes of the live disk."""

@@ -38,6 +38,7 @@ LAYERS = {
     "create": 69, "disks": 72,
     "tables": 59, "extents": 74,
     "info": 75,
+    "bridge": 76, "library": 78,
     "daemon": 80,
     "cli": 90,
     "__main__": 100,
