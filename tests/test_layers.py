@@ -22,6 +22,7 @@ LAYERS = {
     "format": 10, "codecs": 11,
     "syscalls": 18, "write_behind": 19,
     "creation": 15, "layout": 15,
+    "zeros": 1,
     "hostfile": 20, "locks": 20,
     "newfile": 25,
     "testing": 30, "backing": 30, "cache": 30,
@@ -39,13 +40,14 @@ LAYERS = {
     "tables": 59, "extents": 74,
     "info": 75,
     "bridge": 76, "library": 78,
+    "compare": 75, "measure": 75,
     "daemon": 80,
     "cli": 90,
     "__main__": 100,
 }  # fmt: skip
 FOLDERS = ("format", "codecs", "daemon", "cli")
 DAEMON = LAYERS["daemon"]
-PURE = ("errors", "text", "geometry", "lru", "metadata_map", "epochs", "format", "codecs", "layout")
+PURE = ("errors", "text", "geometry", "lru", "metadata_map", "epochs", "zeros", "format", "codecs", "layout")
 
 
 @dataclass(frozen=True)

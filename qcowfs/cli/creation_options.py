@@ -20,9 +20,14 @@ HELP = (
 )
 
 
-def add_arguments(parser: argparse._ActionsContainer) -> None:
-    """Add the options to a command's parser."""
+def add_fields(parser: argparse._ActionsContainer) -> None:
+    """Add `-o` to a command's parser."""
     parser.add_argument("-o", dest="fields", action="append", default=[], metavar="NAME=VALUE,...", help=HELP)
+
+
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add `-o` and the backing file to a command's parser."""
+    add_fields(parser)
     parser.add_argument("--backing", "-b", metavar="FILE", help="the backing file of the new image")
     parser.add_argument(
         "--backing-format", "-F", metavar="FORMAT", help="its format, qcow2 or raw; never guessed"
@@ -30,14 +35,20 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def creation(args: argparse.Namespace) -> Creation:
-    """The form that the options ask for; raises `UsageError`."""
+    """The form that all the options ask for; raises `UsageError`."""
+    given = {"backing_file": args.backing, "backing_fmt": args.backing_format}
+    return from_fields(args.fields, **{name: text for name, text in given.items() if text is not None})
+
+
+def from_fields(fields: list[str], **given: str) -> Creation:
+    """The form that the texts after `-o` ask for, and what was given otherwise; raises `UsageError`."""
     from qcowfs.creation import Creation
 
-    words = {}
-    for text in args.fields:
+    words: dict[str, str] = {}
+    for text in fields:
         words.update(split_fields(text))
-    for name, value in (("backing_file", args.backing), ("backing_fmt", args.backing_format)):
-        if value is not None and words.setdefault(name, value) != value:
+    for name, value in given.items():
+        if words.setdefault(name, value) != value:
             raise UsageError(f"{name} is given twice, as {words[name]!r} and as {value!r}")
     return Creation.from_words(words)
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from qcowfs.compare import compare
+from qcowfs.creation import Creation
 from qcowfs.disks import Disk, open_disk
 from qcowfs.extents import disk_extents
 from qcowfs.image import OpenOptions
+from qcowfs.measure import measure_copy
 from tests.e2e.kinds import Form, Made, kinds_for
-from tests.e2e.tools import KIB, MIB, edits, qemu_img, qemu_io
+from tests.e2e.tools import KIB, MIB, as_raw, edits, qemu_img, qemu_io
 
 Maker = Callable[[Path, Form], Made]
 
@@ -37,8 +40,12 @@ async def test_each_kind_of_image_is_what_qemu_takes_it_for(form: Form, make: Ma
     if made.has_snapshots:
         qemu_img("snapshot", "-c", "first", made.image)
         qemu_io(made.image, *edits(form.size, f"{form} again", 3))
-    async with open_disk(made.image, "qcow2", options_for(made)) as disk:
+    raw = as_raw(made.image, tmp_path / "live")
+    async with open_disk(made.image, "qcow2", options_for(made)) as disk, open_disk(raw, "raw") as copy:
         assert await mapped(disk) == json.loads(qemu_img("map", "--output=json", made.image))
+        measured = (await measure_copy(Creation(), disk)).record()
+        assert measured == json.loads(qemu_img("measure", "-O", "qcow2", "--output=json", made.image))
+        assert (await compare(disk, copy)).identical
 
 
 async def mapped(disk: Disk) -> list[dict[str, Any]]:
