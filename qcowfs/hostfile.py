@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import errno
 import logging
+
+import fcntl
 import math
 import os
 import stat
+import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -40,6 +43,11 @@ SLOW_WRITE_PAUSE = 0.25
 QUICK_SYNC = 0.001
 LITTLE = 1 << 18
 """Seconds and bytes: a sync is taken to be quick after one that was, with no more than this to write."""
+_MOST_PARTS = 1000
+"""Buffers that one call may write; the host's limit is 1024."""
+_FICLONERANGE = 0x4020940D
+_CLONE_RANGE = struct.Struct("qQQQ")
+_CANNOT_CLONE = (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ETXTBSY)
 _WOULD_BLOCK = (errno.EAGAIN, errno.EOPNOTSUPP)
 
 
@@ -282,6 +290,34 @@ class OsHostFile:
             await run_in_thread(os.fdatasync, self._fd)
         self._last_sync = time.monotonic() - start
 
+    # -- for functions that run in a worker thread already
+
+    def read_here(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer, waiting for the host; bytes past the end of the file become zeros."""
+        self._read_blocking([(offset, buffer)])
+
+    def write_here(self, offset: int, parts: Sequence[memoryview]) -> None:
+        """Write the parts one after the other from `offset` on, waiting for the host."""
+        for start in range(0, len(parts), _MOST_PARTS):
+            some = parts[start : start + _MOST_PARTS]
+            length = sum(map(len, some))
+            done = os.pwritev(self._fd, some, offset)
+            if done < length:
+                rest = memoryview(b"".join(some))[done:]
+                self._write_blocking([(offset + done, rest)])
+            offset += length
+
+    def clone_here(self, source: OsHostFile, start: int, length: int, offset: int) -> bool:
+        """Let a range share its blocks with a range of another file; False where the host cannot."""
+        request = _CLONE_RANGE.pack(source.fd, start, length, offset)
+        try:
+            fcntl.ioctl(self._fd, _FICLONERANGE, request)
+        except OSError as error:
+            if error.errno not in _CANNOT_CLONE:
+                raise
+            return False
+        return True
+
     async def truncate(self, size: int) -> None:
         """Make the file that long; what is added reads as zeros and takes no space."""
         await run_in_thread(os.ftruncate, self._fd, size)
@@ -301,6 +337,11 @@ class OsHostFile:
 async def run_in_thread(function: Callable[..., T], *args: object) -> T:
     """Run a blocking or long-computing function in a worker thread."""
     return await trio.to_thread.run_sync(function, *args)
+
+
+def run_in_loop(function: Callable[..., Awaitable[T]], *args: object) -> T:
+    """From a function that `run_in_thread` runs: await something in the event loop."""
+    return trio.from_thread.run(function, *args)
 
 
 def _kind_of(mode: int) -> str:

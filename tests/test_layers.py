@@ -41,6 +41,7 @@ LAYERS = {
     "info": 75,
     "bridge": 76, "library": 78,
     "compare": 75, "measure": 75,
+    "fresh": 75, "workers": 75, "pieces": 75, "targets": 76, "convert": 77,
     "daemon": 80,
     "cli": 90,
     "__main__": 100,

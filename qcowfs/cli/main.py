@@ -22,6 +22,7 @@ COMMANDS = {
     "snapshot": "list, take, drop, rename or go back to snapshots",
     "resize": "change the size of the live disk",
     "create": "make a new, empty image",
+    "convert": "copy a disk into a new raw file or image",
     "compare": "tell whether two disks read the same",
     "measure": "tell how much space an image would take",
     "map": "tell where the bytes of a disk lie",

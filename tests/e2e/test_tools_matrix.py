@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from qcowfs.compare import compare
+from qcowfs.convert import Copying, convert
 from qcowfs.creation import Creation
 from qcowfs.disks import Disk, open_disk
 from qcowfs.extents import disk_extents
 from qcowfs.image import OpenOptions
 from qcowfs.measure import measure_copy
 from tests.e2e.kinds import Form, Made, kinds_for
-from tests.e2e.tools import KIB, MIB, as_raw, edits, qemu_img, qemu_io
+from tests.e2e.tools import KIB, MIB, as_raw, assert_same, edits, qemu_img, qemu_io
 
 Maker = Callable[[Path, Form], Made]
 
@@ -46,6 +47,17 @@ async def test_each_kind_of_image_is_what_qemu_takes_it_for(form: Form, make: Ma
         measured = (await measure_copy(Creation(), disk)).record()
         assert measured == json.loads(qemu_img("measure", "-O", "qcow2", "--output=json", made.image))
         assert (await compare(disk, copy)).identical
+        await convert(disk, tmp_path / "copy.raw", Copying())
+        await convert(disk, tmp_path / "copy.qcow2", Copying(_form_like(form), compress=True))
+        await convert(copy, tmp_path / "from-raw.qcow2", Copying(_form_like(form)))
+    assert_same(tmp_path / "copy.raw", raw)
+    for name in ("copy.qcow2", "from-raw.qcow2"):
+        qemu_img("check", tmp_path / name)
+        qemu_img("compare", tmp_path / name, raw)
+
+
+def _form_like(form: Form) -> Creation:
+    return Creation.from_words({"compat": form.version, "cluster_size": str(form.cluster_size)})
 
 
 async def mapped(disk: Disk) -> list[dict[str, Any]]:
