@@ -58,7 +58,7 @@ async def compare(
             if offset is not None:
                 return Verdict(sizes, offset)
         if report is not None:
-            report(end, max(sizes))
+            report(min(end, max(sizes)), max(sizes))
     return Verdict(sizes)
 
 

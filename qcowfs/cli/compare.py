@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcowfs.cli import source_options
+from qcowfs.cli import progress, source_options
 from qcowfs.cli.exits import EXIT_OK, EXIT_USAGE, complain
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quiet", "-q", action="store_true", help="say nothing, but by the exit code")
     parser.add_argument("--json", action="store_true", help="as JSON")
+    progress.add_arguments(parser)
     source_options.add_arguments(parser)
 
 
@@ -69,7 +70,8 @@ async def _compare(args: argparse.Namespace) -> Verdict:
         open_disk(Path(args.first), args.format, options, args.snapshot) as first,
         open_disk(Path(args.second), args.second_format, options, args.second_snapshot) as second,
     ):
-        return await compare(first, second, strict=args.strict)
+        with progress.shown(args.progress, "comparing") as report:
+            return await compare(first, second, strict=args.strict, report=report)
 
 
 def _record(verdict: Verdict, *, same: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qcowfs.cli import creation_options, source_options
+from qcowfs.cli import creation_options, progress, source_options
 from qcowfs.errors import UsageError
 
 _SUFFIXES = {".qcow2": "qcow2", ".qcow": "qcow2"}
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", "-m", type=int, metavar="N", help="how many work; one a processor")
     parser.add_argument("--force", action="store_true", help="replace a file that has the name")
     creation_options.add_fields(parser)
+    progress.add_arguments(parser)
     source_options.add_arguments(parser)
 
 
@@ -65,4 +66,5 @@ async def _convert(args: argparse.Namespace) -> None:
     )
     options = source_options.open_options(args)
     async with open_disk(Path(args.source), args.format, options, args.snapshot) as disk:
-        await convert(disk, target, copying)
+        with progress.shown(args.progress, "copying") as report:
+            await convert(disk, target, copying, report)

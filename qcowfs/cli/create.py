@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcowfs.cli import creation_options
+from qcowfs.cli import creation_options, progress
 from qcowfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "size", nargs="?", metavar="SIZE", help="of the disk, such as 20G; that of the backing file"
     )
     creation_options.add_arguments(parser)
+    progress.add_arguments(parser)
     parser.add_argument(
         "--unsafe", "-u", action="store_true", help="do not look whether the backing file can be opened"
     )
@@ -68,5 +69,6 @@ async def _create(path: Path, form: Creation, size: int | None, args: argparse.N
         if size is None:
             raise UsageError("which size shall the disk have? Give one, such as 20G")
         size = round_up_to_sectors(size)
-        await create_image(path, form, size, force=args.force)
+        with progress.shown(args.progress, "writing zeros") as report:
+            await create_image(path, form, size, force=args.force, report=report)
     return size
