@@ -132,7 +132,7 @@ class RawBacking:
 
     async def find_next(self, guest: int, end: int, *, data: bool) -> int | None:
         """Where data, or a hole, begins in `[guest, end)`; None if there is none."""
-        found = await self._file.find_next(guest, data=data)
+        found = await self.file.find_next(guest, data=data)
         return found if found is not None and found < min(end, self.size) else None
 
     async def allocated_bytes(self) -> int:

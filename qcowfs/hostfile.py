@@ -7,9 +7,8 @@ here is either plain and immediate or awaits a thread; nothing blocks the event 
 from __future__ import annotations
 
 import errno
-import logging
-
 import fcntl
+import logging
 import math
 import os
 import stat

@@ -39,7 +39,7 @@ LAYERS = {
     "create": 69, "disks": 72,
     "tables": 59, "extents": 74,
     "info": 75,
-    "bridge": 76, "library": 78,
+    "bridge": 78, "library": 79,
     "compare": 75, "measure": 75,
     "fresh": 75, "workers": 75, "pieces": 75, "targets": 76, "convert": 77,
     "daemon": 80,
