@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from qcowfs.cli import source_options
 from qcowfs.cli.exits import EXIT_CODES, EXIT_OK, complain
+from qcowfs.cli.map_picture import draw
 from qcowfs.cli.sizes import disk_size
 from qcowfs.errors import CorruptImage
 
@@ -29,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length", type=disk_size, metavar="LENGTH", help="how much of the disk to tell about"
     )
+    parser.add_argument(
+        "--picture", metavar="FILE", help="draw it into FILE.svg or FILE.png, or with - on the terminal"
+    )
+    parser.add_argument("--force", action="store_true", help="replace a picture that has the name")
     source_options.add_arguments(parser)
 
 
@@ -39,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from qcowfs.cli.exits import raise_single
 
     with raise_single():
-        return trio.run(_show, args)
+        return trio.run(_show if args.picture is None else draw, args)
 
 
 async def _show(args: argparse.Namespace) -> int:
