@@ -26,6 +26,8 @@ COMMANDS = {
     "compare": "tell whether two disks read the same",
     "measure": "tell how much space an image would take",
     "map": "tell where the bytes of a disk lie",
+    "completion": "print what completes these words in a shell",
+    "man": "print a manual page",
 }
 
 EPILOG = """exit codes: 0 done, 1 the host failed (file, disk), 2 wrong usage or not a qcow2 image,
