@@ -89,16 +89,6 @@ async def disk_extents(
         yield last
 
 
-def layer_files(disk: Disk) -> list[HostFile]:
-    """The file that each layer's `offset` points into, by `DiskExtent.depth`."""
-    files: list[HostFile] = []
-    reader: GuestReader | ImageView | None = disk.image or disk.reader
-    while isinstance(reader, Image):
-        files.append(reader.data_file)
-        reader = reader.backing
-    return [*files, reader.file] if isinstance(reader, RawBacking) else files
-
-
 @dataclass
 class _TableLayer:
     """A qcow2 image of the chain."""

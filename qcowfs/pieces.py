@@ -10,19 +10,34 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from qcowfs.direct import Layer, layers_of
 from qcowfs.disks import Disk
-from qcowfs.extents import DiskExtent, disk_extents, layer_files
+from qcowfs.extents import DiskExtent, disk_extents
 from qcowfs.geometry import GuestOffset, HostOffset
-from qcowfs.hostfile import HostFile, OsHostFile, run_in_loop
+from qcowfs.hostfile import OsHostFile, run_in_loop
+from qcowfs.views import fill_zeros
 
 
 class Span(NamedTuple):
-    """Guest bytes, and the file and offset to read them from directly; None is by way of the engine."""
+    """Guest bytes and how to read them: from that offset of a layer's file, or inflated from the layer.
+
+    `layer` is None where the engine has to read them, `host` is None where they are compressed.
+    """
 
     guest: GuestOffset
     length: int
-    file: OsHostFile | None
-    host: HostOffset
+    layer: Layer | None = None
+    host: HostOffset | None = None
+
+    def part(self, start: int, length: int) -> Span:
+        """Some of the span."""
+        host = None if self.host is None else self.host + start
+        return Span(self.guest + start, length, self.layer, host)
+
+    @property
+    def file(self) -> OsHostFile | None:
+        """The file that holds the bytes as they are, if one does."""
+        return None if self.layer is None or self.host is None else self.layer.file
 
 
 @dataclass
@@ -47,11 +62,17 @@ class Piece:
         position = 0
         for span in self.spans:
             part = buffer[position : position + span.length]
-            if span.file is None:
-                run_in_loop(disk.reader.read_into, span.guest, part)
-            else:
-                span.file.read_here(span.host, part)
+            _read(span, disk, part)
+            if span.guest + span.length > disk.size:  # what lies behind the end is nobody's business
+                fill_zeros(part[max(0, disk.size - span.guest) :])
             position += span.length
+
+
+def _read(span: Span, disk: Disk, part: memoryview) -> None:
+    if span.layer is not None and span.host is not None:
+        span.layer.file.read_here(span.host, part)
+    elif span.layer is None or not span.layer.read_compressed(span.guest, part):
+        run_in_loop(disk.reader.read_into, span.guest, part)
 
 
 async def data_pieces(disk: Disk, unit: int, most: int, *, everything: bool = False) -> AsyncIterator[Piece]:
@@ -65,7 +86,7 @@ async def data_pieces(disk: Disk, unit: int, most: int, *, everything: bool = Fa
         while position < span.length:
             room = most - piece.length
             part = min(span.length - position, room)
-            piece.spans.append(Span(span.guest + position, part, span.file, span.host + position))
+            piece.spans.append(span.part(position, part))
             position += part
             if part == room:
                 yield piece
@@ -76,7 +97,7 @@ async def data_pieces(disk: Disk, unit: int, most: int, *, everything: bool = Fa
 
 async def _spans(disk: Disk, unit: int, *, everything: bool) -> AsyncIterator[Span]:
     """Units that hold any data, in runs that are read the same way."""
-    files, covered = layer_files(disk), 0
+    layers, covered = layers_of(disk), 0
     end_of_disk = _up(disk.size, unit)
     async for extent in disk_extents(disk):
         if extent.zero and not extent.damage and not everything:
@@ -85,36 +106,27 @@ async def _spans(disk: Disk, unit: int, *, everything: bool) -> AsyncIterator[Sp
         end = min(_up(extent.start + extent.length, unit), end_of_disk)
         if start >= end:
             continue
-        for span in _split(disk, files, extent, start, end, unit):
-            if span.length:
-                yield span
+        if disk.image is None and layers[0] is not None:
+            yield Span(start, end - start, layers[0], start)
+        else:
+            for span in _split(extent, layers[extent.depth], start, end, unit):
+                if span.length:
+                    yield span
         covered = end
 
 
-def _split(
-    disk: Disk, files: list[HostFile], extent: DiskExtent, start: int, end: int, unit: int
-) -> list[Span]:
+def _split(extent: DiskExtent, layer: Layer | None, start: int, end: int, unit: int) -> list[Span]:
     """The range of an extent: what of it is read directly, and what it shares with its neighbours."""
-    if disk.image is None and isinstance(disk.file, OsHostFile):
-        return [Span(start, end - start, disk.file, start)]
-    last = extent.start + extent.length
-    inner, inner_end = max(_up(extent.start, unit), start), end if last >= disk.size else _down(last, unit)
-    file = files[extent.depth]
-    if (
-        extent.offset is None
-        or extent.zero
-        or extent.damage
-        or inner >= inner_end
-        or not isinstance(file, OsHostFile)
-    ):
-        return [Span(start, end - start, None, 0)]
-    host = (extent.offset or 0) + inner - extent.start
-    if host + inner_end - inner > _up(file.facts().size, unit):
-        return [Span(start, end - start, None, 0)]  # past the end of the file: the engine says what is wrong
+    inner = max(_up(extent.start, unit), start)
+    inner_end = _down(extent.start + extent.length, unit)
+    direct = layer is not None and (extent.compressed or layer.holds(extent))
+    if not direct or extent.damage or inner >= inner_end:
+        return [Span(start, end - start)]
+    host = None if extent.offset is None else extent.offset + inner - extent.start
     return [
-        Span(start, inner - start, None, 0),
-        Span(inner, inner_end - inner, file, host),
-        Span(inner_end, end - inner_end, None, 0),
+        Span(start, inner - start),
+        Span(inner, inner_end - inner, layer, host),
+        Span(inner_end, end - inner_end),
     ]
 
 

@@ -51,7 +51,8 @@ def _runs(piece: Piece, buffer: memoryview, unit: int) -> list[Run]:
     found, position = [], 0
     for span in piece.spans:
         part = buffer[position : position + span.length]
-        found += [Run(span.guest + a, part[a:b], span.file, span.host + a) for a, b in data_runs(part, unit)]
+        host = span.host or 0
+        found += [Run(span.guest + a, part[a:b], span.file, host + a) for a, b in data_runs(part, unit)]
         position += span.length
     return found
 
@@ -84,7 +85,7 @@ class RawTarget:
 
     def take(self, piece: Piece, buffer: memoryview, read: Reading) -> None:
         """Copy a piece; pieces may come in any order."""
-        if all(self._cloner.clone(s.file, s.host, s.length, s.guest) for s in piece.spans):
+        if all(self._cloner.clone(s.file, s.host or 0, s.length, s.guest) for s in piece.spans):
             return
         read(piece, buffer)
         for run in _runs(piece, buffer, self.unit):
@@ -124,7 +125,8 @@ class ImageTarget:
         rest = [
             (host, run.data)
             for host, run in places
-            if not self._cloner.clone(run.file, run.host, len(run.data), host)
+            if run.guest + len(run.data) > self._size
+            or not self._cloner.clone(run.file, run.host, len(run.data), host)
         ]
         write_together(self._data_file, rest)
         write_together(self._file, tables)
@@ -145,7 +147,7 @@ def _whole(piece: Piece, buffer: memoryview) -> list[Run]:
     found, position = [], 0
     for span in piece.spans:
         part = buffer[position : position + span.length]
-        found.append(Run(span.guest, part, span.file, span.host))
+        found.append(Run(span.guest, part, span.file, span.host or 0))
         position += span.length
     return found
 

@@ -40,7 +40,7 @@ LAYERS = {
     "tables": 59, "extents": 74,
     "info": 75,
     "bridge": 78, "library": 79,
-    "survey": 75, "drawing": 75, "picture": 76,
+    "direct": 75, "survey": 75, "drawing": 75, "picture": 76,
     "compare": 75, "measure": 75,
     "workers": 76, "pieces": 76, "fresh": 76, "targets": 77, "convert": 78,
     "daemon": 80,

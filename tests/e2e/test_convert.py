@@ -127,6 +127,16 @@ def test_data_may_go_into_a_file_of_its_own(options: str, raw: Path, tmp_path: P
         assert_same(data, raw)
 
 
+@pytest.mark.parametrize("words", [(), ("-c",), ("-o", "cluster_size=2M")], ids=" ".join)
+def test_what_a_source_has_behind_its_end_is_not_copied(words: tuple[str, ...], tmp_path: Path) -> None:
+    source = create(tmp_path / "a.qcow2", MIB)
+    qemu_io(source, "write -q -P 7 0 1M")
+    qemu_img("resize", "-q", "--shrink", source, str(MIB - 33 * KIB))
+    image = copied(source, tmp_path / "b.qcow2", *words)
+    qemu_img("resize", "-q", image, str(MIB))
+    assert as_raw(image, tmp_path / "b.raw").read_bytes() == b"\7" * (MIB - 33 * KIB) + bytes(33 * KIB)
+
+
 def test_a_size_that_is_no_whole_sector_is_rounded_up(tmp_path: Path) -> None:
     (tmp_path / "odd").write_bytes(content(70_001, "odd"))
     for name in ("x.qcow2", "x.raw"):
