@@ -122,26 +122,26 @@ class RawBacking:
 
     def __init__(self, file: HostFile, label: str) -> None:
         """Read guest bytes straight from `file`."""
-        self._file = file
+        self.file = file
         self.label = label
         self.size = file.facts().size
 
     async def read_into(self, guest: int, buffer: memoryview) -> None:
         """Fill the buffer; beyond the file's end the bytes are zeros."""
-        await self._file.read_into([(guest, buffer)])
+        await self.file.read_into([(guest, buffer)])
 
     async def find_next(self, guest: int, end: int, *, data: bool) -> int | None:
         """Where data, or a hole, begins in `[guest, end)`; None if there is none."""
-        found = await self._file.find_next(guest, data=data)
+        found = await self.file.find_next(guest, data=data)
         return found if found is not None and found < min(end, self.size) else None
 
     async def allocated_bytes(self) -> int:
         """What the host file takes."""
-        return min(self.size, self._file.facts().allocated)
+        return min(self.size, self.file.facts().allocated)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self.file.close()
 
 
 def open_for_writing(path: Path) -> HostFile:

@@ -116,6 +116,20 @@ class Geometry:
         sectors = (descriptor & ((1 << COMPRESSED_OFFSET_BITS) - 1)) >> offset_bits
         return offset, (sectors + 1) * SECTOR_SIZE - offset % SECTOR_SIZE
 
+    def compressed_descriptor(self, offset: HostOffset, length: int) -> int:
+        """What `compressed_location` reads, for `length` stored bytes at a host offset."""
+        more_sectors = (offset + length - 1) // SECTOR_SIZE - offset // SECTOR_SIZE
+        return offset | more_sectors << (COMPRESSED_OFFSET_BITS - (self.cluster_bits - 8))
+
+    @property
+    def refcounts_per_block(self) -> int:
+        """How many clusters one refcount block counts."""
+        return (self.cluster_size * 8) >> self.refcount_order
+
+    def clusters_for(self, size: int) -> int:
+        """Clusters that hold `size` bytes."""
+        return -(-size // self.cluster_size)
+
     def subcluster_index(self, guest: int) -> int:
         """Which subcluster of its cluster holds the guest offset (extended L2)."""
         return (guest & (self.cluster_size - 1)) // self.subcluster_size

@@ -7,12 +7,14 @@ here is either plain and immediate or awaits a thread; nothing blocks the event 
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import math
 import os
 import stat
+import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -31,6 +33,8 @@ ReadRequest = tuple[int, memoryview]
 """A host offset and the buffer to fill from there."""
 WriteRequest = tuple[int, bytes | bytearray | memoryview]
 """A host offset and the bytes to write there."""
+Stretch = tuple[int, int, bool]
+"""Where a part of a file starts and ends, and whether it holds data."""
 
 SLOW_WRITE = 0.05
 SLOW_WRITE_PAUSE = 0.25
@@ -38,6 +42,11 @@ SLOW_WRITE_PAUSE = 0.25
 QUICK_SYNC = 0.001
 LITTLE = 1 << 18
 """Seconds and bytes: a sync is taken to be quick after one that was, with no more than this to write."""
+_MOST_PARTS = 1000
+"""Buffers that one call may write; the host's limit is 1024."""
+_FICLONERANGE = 0x4020940D
+_CLONE_RANGE = struct.Struct("qQQQ")
+_CANNOT_CLONE = (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ETXTBSY)
 _WOULD_BLOCK = (errno.EAGAIN, errno.EOPNOTSUPP)
 
 
@@ -67,6 +76,9 @@ class HostFile(Protocol):
 
     async def read_into(self, requests: Sequence[ReadRequest]) -> None:
         """Fill every buffer; bytes past the end of the file become zeros."""
+
+    async def data_and_holes(self, start: int, end: int) -> list[Stretch]:
+        """The range in stretches that hold data and stretches that the host knows to be zeros."""
 
     def write_now(self, offset: int, data: bytes | memoryview) -> bool:
         """Write the whole buffer if that takes no waiting; whether it was written."""
@@ -118,6 +130,12 @@ class OsHostFile:
             raise UsageError(f"{path}: is {_kind_of(mode)}, neither a regular file nor a block device")
         return cls(path, fd)
 
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], flags: int = os.O_EXCL) -> OsHostFile:
+        """A new empty file, never one that exists; with `os.O_TMPFILE` one without a name in that folder."""
+        access = os.O_RDWR | os.O_CLOEXEC | (flags if flags & os.O_TMPFILE else flags | os.O_CREAT)
+        return cls(path, os.open(path, access, 0o644))
+
     @property
     def name(self) -> str:
         """The path that the file was opened from."""
@@ -165,6 +183,32 @@ class OsHostFile:
             return False
         rest[:] = bytes(len(rest))
         return True
+
+    async def data_and_holes(self, start: int, end: int) -> list[Stretch]:
+        """The range in stretches of data and holes; all data where the host does not tell."""
+        return await run_in_thread(self._data_and_holes, start, end)
+
+    def _data_and_holes(self, start: int, end: int) -> list[Stretch]:
+        found: list[Stretch] = []
+        while start < end:
+            data = self._seek(start, os.SEEK_DATA, end)
+            if data > start:
+                found.append((start, data, False))
+            start = self._seek(data, os.SEEK_HOLE, end) if data < end else end
+            if start > data:
+                found.append((data, start, True))
+        return found
+
+    def _seek(self, start: int, whence: int, end: int) -> int:
+        """Where data or a hole comes next, at most `end`."""
+        try:
+            return min(os.lseek(self._fd, start, whence), end)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # past the end of the file, or only a hole up to there
+                return end
+            if error.errno != errno.EINVAL:
+                raise
+            return start if whence == os.SEEK_DATA else end
 
     def _read_blocking(self, requests: Sequence[ReadRequest]) -> None:
         for offset, buffer in requests:
@@ -245,6 +289,42 @@ class OsHostFile:
             await run_in_thread(os.fdatasync, self._fd)
         self._last_sync = time.monotonic() - start
 
+    # -- for functions that run in a worker thread already
+
+    def read_here(self, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer, waiting for the host; bytes past the end of the file become zeros."""
+        self._read_blocking([(offset, buffer)])
+
+    def write_here(self, offset: int, parts: Sequence[memoryview]) -> None:
+        """Write the parts one after the other from `offset` on, waiting for the host."""
+        for start in range(0, len(parts), _MOST_PARTS):
+            some = parts[start : start + _MOST_PARTS]
+            length = sum(map(len, some))
+            done = os.pwritev(self._fd, some, offset)
+            if done < length:
+                rest = memoryview(b"".join(some))[done:]
+                self._write_blocking([(offset + done, rest)])
+            offset += length
+
+    def clone_here(self, source: OsHostFile, start: int, length: int, offset: int) -> bool:
+        """Let a range share its blocks with a range of another file; False where the host cannot."""
+        request = _CLONE_RANGE.pack(source.fd, start, length, offset)
+        try:
+            fcntl.ioctl(self._fd, _FICLONERANGE, request)
+        except OSError as error:
+            if error.errno not in _CANNOT_CLONE:
+                raise
+            return False
+        return True
+
+    async def truncate(self, size: int) -> None:
+        """Make the file that long; what is added reads as zeros and takes no space."""
+        await run_in_thread(os.ftruncate, self._fd, size)
+
+    async def allocate(self, offset: int, length: int) -> None:
+        """Have the host set space aside for a range. Raises `OSError` as the host does."""
+        await run_in_thread(os.posix_fallocate, self._fd, offset, length)
+
     def close(self) -> None:
         """Give the descriptor back; locks on it end with it."""
         if self._fd >= 0:
@@ -256,6 +336,11 @@ class OsHostFile:
 async def run_in_thread(function: Callable[..., T], *args: object) -> T:
     """Run a blocking or long-computing function in a worker thread."""
     return await trio.to_thread.run_sync(function, *args)
+
+
+def run_in_loop(function: Callable[..., Awaitable[T]], *args: object) -> T:
+    """From a function that `run_in_thread` runs: await something in the event loop."""
+    return trio.from_thread.run(function, *args)
 
 
 def _kind_of(mode: int) -> str:

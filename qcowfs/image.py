@@ -117,7 +117,7 @@ class Image:
         options = options or OpenOptions()
         slices = SliceStore(options.table_cache, cache.LEAST_SLICES)
         chain = _Chain(options, slices, InflatedStore(options.inflated_cache))
-        label = printable(os.fsencode(path))
+        label = shown(path)
         image = await _open_file(_open_top(path, label, options), label, chain, top=True)
         if options.writable:
             try:
@@ -126,6 +126,14 @@ class Image:
                 image.close()
                 raise
         return image
+
+    async def __aenter__(self) -> Image:
+        """The image itself, closed by `aclose` when the block ends."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Write everything back and close the files."""
+        await self.aclose()
 
     @property
     def size(self) -> int:
@@ -261,7 +269,7 @@ class Image:
             self.data_file = _opener(options)(path)
         except OSError as error:
             raise BackingFileError(f"{self.label}: external data file {path}: {error.strerror}") from None
-        _lock(self.data_file, options, top=True)
+        lock(self.data_file, options, top=True)
 
     def _named(self, check: Callable[[], T]) -> T:
         return named(self.label, check)
@@ -303,7 +311,7 @@ async def _open_file(file: HostFile, label: str, chain: _Chain, *, top: bool = F
     """Make an `Image` of an open file, which is closed if anything fails."""
     image = None
     try:
-        _lock(file, chain.options, top=top)
+        lock(file, chain.options, top=top)
         chain.seen.add(file.facts().identity)
         image = Image(label, file, await read_header(file, label))
         await image.load(chain, top=top)
@@ -340,7 +348,7 @@ async def _open_backing(image: Image, chain: _Chain) -> GuestReader:
 
 def _open_raw(file: HostFile, label: str, chain: _Chain) -> RawBacking:
     try:
-        _lock(file, chain.options)
+        lock(file, chain.options)
     except BaseException:
         file.close()
         raise
@@ -348,7 +356,13 @@ def _open_raw(file: HostFile, label: str, chain: _Chain) -> RawBacking:
     return RawBacking(file, label)
 
 
-def _lock(file: HostFile, options: OpenOptions, *, top: bool = False) -> None:
+def shown(path: Path) -> str:
+    """How messages call a path."""
+    return printable(os.fsencode(path))
+
+
+def lock(file: HostFile, options: OpenOptions, *, top: bool = False) -> None:
+    """Take the locks that the options ask for; raises `ImageInUse`."""
     if isinstance(file, OsHostFile):
         reader = locks.SHARED_READER if options.force_share else locks.READER
         mode = locks.WRITER if options.writable and top else reader

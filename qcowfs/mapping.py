@@ -81,6 +81,11 @@ class Mapping:
         self._cluster_bits = geometry.cluster_bits
         self._in_cluster = geometry.cluster_size - 1
 
+    @property
+    def l1_table(self) -> tuple[HostOffset, int]:
+        """Host offset and number of entries of the L1 table."""
+        return self._l1_table_offset, self._l1_size
+
     def translate(self, guest: int, length: int) -> HostOffset | None:
         """Where the range starts in the data file, if it lies in one data cluster known in memory.
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from qcowfs.hostfile import FileFacts, ReadRequest, WriteRequest
+from qcowfs.hostfile import FileFacts, ReadRequest, Stretch, WriteRequest
 
 _inodes = count(1)
 
@@ -86,6 +86,12 @@ class MemoryHostFile:
             self._fail(self._bad, wanted)
             part = bytes(self.data[offset : offset + len(buffer)])
             buffer[:] = part.ljust(len(buffer), b"\0")
+
+    async def data_and_holes(self, start: int, end: int) -> list[Stretch]:
+        """All of it data, up to the file's end."""
+        middle = max(start, min(end, len(self.data)))
+        stretches = [(start, middle, True), (middle, end, False)]
+        return [stretch for stretch in stretches if stretch[0] < stretch[1]]
 
     def write_now(self, offset: int, data: bytes | memoryview) -> bool:
         """Never: so that every write takes the general way."""

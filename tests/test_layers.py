@@ -21,7 +21,10 @@ LAYERS = {
     "gate": 0, "granules": 0,
     "format": 10, "codecs": 11,
     "syscalls": 18, "write_behind": 19,
+    "creation": 15, "layout": 15,
+    "zeros": 1,
     "hostfile": 20, "locks": 20,
+    "newfile": 25,
     "testing": 30, "backing": 30, "cache": 30, "header_store": 30,
     "refcounts": 40,
     "counts": 41, "table_walk": 41, "draft": 42,
@@ -35,14 +38,32 @@ LAYERS = {
     "live": 68,
     "image": 70, "states": 71,
     "lower": 72, "rebase": 73, "commit": 73,
+    "create": 69, "disks": 72,
+    "tables": 59, "extents": 74,
     "info": 75,
+    "bridge": 78, "library": 79,
+    "direct": 75, "survey": 75, "drawing": 75, "picture": 76,
+    "compare": 75, "measure": 75,
+    "workers": 76, "pieces": 76, "fresh": 76, "targets": 77, "convert": 78,
     "daemon": 80,
     "cli": 90,
     "__main__": 100,
 }  # fmt: skip
 FOLDERS = ("format", "codecs", "check", "daemon", "cli")
 DAEMON = LAYERS["daemon"]
-PURE = ("errors", "text", "geometry", "lru", "metadata_map", "epochs", "granules", "format", "codecs")
+PURE = (
+    "errors",
+    "text",
+    "geometry",
+    "lru",
+    "metadata_map",
+    "epochs",
+    "zeros",
+    "granules",
+    "format",
+    "codecs",
+    "layout",
+)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from qcowfs.errors import UsageError
 from qcowfs.geometry import SECTOR_SIZE
-from qcowfs.hostfile import FileFacts, HostFile, ReadRequest, WriteRequest
+from qcowfs.hostfile import FileFacts, HostFile, ReadRequest, Stretch, WriteRequest
 
 MAGIC = b"qcowfs backup 1\n"
 _LENGTH = struct.Struct(">I")
@@ -86,6 +86,10 @@ class BackedUpFile:
     async def find_next(self, offset: int, *, data: bool) -> int | None:
         """As the file does."""
         return await self._file.find_next(offset, data=data)
+
+    async def data_and_holes(self, start: int, end: int) -> list[Stretch]:
+        """As the file does."""
+        return await self._file.data_and_holes(start, end)
 
     async def punch_hole(self, offset: int, length: int) -> None:
         """Nothing: what a repair gives back stays, or the backup would miss it."""

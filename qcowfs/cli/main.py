@@ -26,6 +26,13 @@ COMMANDS = {
     "commit": "write an overlay's content to its backing file",
     "rebase": "put an overlay on another backing file",
     "amend": "change an image's version, refcounts or backing file's name",
+    "create": "make a new, empty image",
+    "convert": "copy a disk into a new raw file or image",
+    "compare": "tell whether two disks read the same",
+    "measure": "tell how much space an image would take",
+    "map": "tell where the bytes of a disk lie",
+    "completion": "print what completes these words in a shell",
+    "man": "print a manual page",
 }
 
 EPILOG = """exit codes: 0 done, 1 the host failed (file, disk), 2 wrong usage or not a qcow2 image,

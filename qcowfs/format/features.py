@@ -42,6 +42,23 @@ class Autoclear(IntFlag):
 KNOWN_INCOMPATIBLE = sum(bit.value for bit in Incompatible)
 
 
+_NAMES: tuple[tuple[int, IntFlag, bytes], ...] = (
+    (0, Incompatible.DIRTY, b"dirty bit"),
+    (0, Incompatible.CORRUPT, b"corrupt bit"),
+    (0, Incompatible.EXTERNAL_DATA_FILE, b"external data file"),
+    (0, Incompatible.COMPRESSION_TYPE, b"compression type"),
+    (0, Incompatible.EXTENDED_L2, b"extended L2 entries"),
+    (1, Compatible.LAZY_REFCOUNTS, b"lazy refcounts"),
+    (2, Autoclear.BITMAPS, b"bitmaps"),
+    (2, Autoclear.RAW_EXTERNAL_DATA, b"raw external data"),
+)
+NAME_TABLE = b"".join(
+    bytes([kind, bit.bit_length() - 1]) + name.ljust(NAME_RECORD_SIZE - 2, b"\0")
+    for kind, bit, name in _NAMES
+)
+"""The feature name table that new images get: kind, bit number and name of each known bit."""
+
+
 def bit_numbers(bits: int) -> list[int]:
     """The positions of the bits that are set, lowest first."""
     return [number for number in range(bits.bit_length()) if bits >> number & 1]

@@ -1,0 +1,70 @@
+"""`qcowfs convert SOURCE TARGET`.
+
+Owns the arguments of the command and the choice of format by the target's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qcowfs.cli import creation_options, progress, source_options
+from qcowfs.errors import UsageError
+
+_SUFFIXES = {".qcow2": "qcow2", ".qcow": "qcow2"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("source", metavar="SOURCE", help="an image, raw disk or block device")
+    parser.add_argument("target", metavar="TARGET", help="the file to be made")
+    parser.add_argument(
+        "--target-format",
+        "-O",
+        choices=("raw", "qcow2"),
+        help="of TARGET; qcow2 for *.qcow2, else raw",
+    )
+    parser.add_argument("--compress", "-c", action="store_true", help="compress, as compression_type says")
+    parser.add_argument(
+        "--level",
+        type=int,
+        metavar="N",
+        help="effort of compressing: zlib 1 to 9, zstd 1 to 19",
+    )
+    parser.add_argument("--threads", "-m", type=int, metavar="N", help="how many work; one a processor")
+    parser.add_argument("--force", action="store_true", help="replace a file that has the name")
+    creation_options.add_fields(parser)
+    progress.add_arguments(parser)
+    source_options.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Copy the disk."""
+    import trio
+
+    from qcowfs.cli.exits import raise_single
+
+    with raise_single():
+        trio.run(_convert, args)
+    return 0
+
+
+async def _convert(args: argparse.Namespace) -> None:
+    from qcowfs.convert import Copying, convert
+    from qcowfs.disks import open_disk
+
+    target = Path(args.target)
+    form = args.target_format or _SUFFIXES.get(target.suffix, "raw")
+    if form == "raw" and args.fields:
+        raise UsageError("-o: raw files have no options; add -O qcow2")
+    copying = Copying(
+        image=creation_options.from_fields(args.fields) if form == "qcow2" else None,
+        compress=args.compress,
+        level=args.level,
+        threads=args.threads,
+        force=args.force,
+    )
+    options = source_options.open_options(args)
+    async with open_disk(Path(args.source), args.format, options, args.snapshot) as disk:
+        with progress.shown(args.progress, "copying") as report:
+            await convert(disk, target, copying, report)
