@@ -159,7 +159,7 @@ class Counts:
     def allocate_run(self, count: int) -> int:
         """Take free clusters that follow each other; the first of them."""
         free = np.flatnonzero((self.values == 0) & ~self.in_use)
-        fits = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1)
+        fits = np.flatnonzero(free[count - 1 :] - free[: max(0, len(free) - count + 1)] == count - 1)
         if not len(fits):
             self._grow(count)
             return self.allocate_run(count)

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import trio
+
 from qcowfs.cache import SliceStore, TableCache
 from qcowfs.cluster_locks import ClusterLocks
 from qcowfs.epochs import ReadEpochs
@@ -71,6 +73,8 @@ class DiskWriter:
         self._incompatible = parts.header.incompatible
         self._prepared = False
         self._gate = Gate()
+        self.turn = trio.Lock()
+        """Held around each change of the image as a whole, from its first look on."""
         self.writes = 0
         """How many changes were asked for so far."""
 
@@ -125,9 +129,17 @@ class DiskWriter:
             if not await self._writer.reads_as_zeros(size - 1, length + 1):
                 await self._writer.write(size, memoryview(bytes(length)))
 
+    @property
+    def dropped(self) -> list[range]:
+        """Host clusters that are counted only until those who read them have ended."""
+        return self._flusher.dropped
+
     def take_over(self, successor: DiskWriter, freed: list[range]) -> None:
-        """Go on as `successor`, which was made of the image's new state; `freed` is not used any more."""
-        for clusters in [*self._flusher.take_dropped(), *freed]:
+        """Go on as `successor`, which was made of the image's new state; `freed` is not used any more.
+
+        The new state counts `dropped` no more but for what is in `freed`.
+        """
+        for clusters in freed:
             successor._flusher.drop(clusters)
         successor._writer.linked = self._writer.linked
         self._parts, self._metadata = successor._parts, successor._metadata
