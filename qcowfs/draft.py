@@ -7,7 +7,6 @@ or the new one, at worst with clusters that are counted but not used. Must not k
 from __future__ import annotations
 
 import struct
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +19,7 @@ from qcowfs.format.header import Header
 from qcowfs.format.snapshot_table import Snapshot
 from qcowfs.hostfile import HostFile
 from qcowfs.metadata_map import MetadataMap
-from qcowfs.table_walk import L2Group, Words, load_words, pack_words, walk
+from qcowfs.table_walk import L2Group, Walk, Words, load_words, pack_words
 
 STATE_AT = 24
 _STATE = struct.Struct(">QIIQQIIQ")
@@ -49,6 +48,11 @@ class Draft:
         l1 = await load_words(file, header.l1_table_offset, header.l1_size)
         return cls(file, header, counts, header.size, l1, list(snapshots), list(snapshots))
 
+    def forget(self, dropped: list[range]) -> None:
+        """Count what no entry names any more one reference less; what is free then is replaced."""
+        if dropped:
+            self.counts.lower_by_one(np.concatenate([np.arange(r.start, r.stop) for r in dropped]))
+
     async def raise_tree(self, l1: Words) -> None:
         """Count one more reference to everything that an L1 table leads to."""
         async for group in self.walk(l1):
@@ -61,9 +65,9 @@ class Draft:
             self.counts.lower_by_one(group.references())
             self.counts.lower_by_one(group.clusters)
 
-    def walk(self, l1: Words) -> AsyncIterator[L2Group]:
+    def walk(self, l1: Words) -> Walk:
         """The L2 tables of an L1 table."""
-        return walk(self.file, self.header.geometry, l1)
+        return Walk(self.file, self.header.geometry, l1)
 
     async def fix_flags(self) -> None:
         """Make the COPIED flags of the new L1 table and its L2 tables tell what the counts are."""

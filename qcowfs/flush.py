@@ -58,10 +58,10 @@ class Flusher:
         if clusters:
             self._dropped.append((self._epochs.current, clusters))
 
-    def take_dropped(self) -> list[range]:
-        """What still waits to be freed, for a successor of this flusher to drop."""
-        dropped, self._dropped = self._dropped, []
-        return [clusters for _, clusters in dropped]
+    @property
+    def dropped(self) -> list[range]:
+        """What still waits to be freed."""
+        return [clusters for _, clusters in self._dropped]
 
     @property
     def dirty_bytes(self) -> int:

@@ -7,11 +7,12 @@ know how bytes find their clusters.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+
+import trio
 
 from qcowfs.bitmaps import KeptBitmaps
 from qcowfs.cache import SliceStore, TableCache
@@ -86,6 +87,8 @@ class DiskWriter:
         self._prepared = False
         self._detect = parts.detect_zeroes
         self._gate = Gate()
+        self.turn = trio.Lock()
+        """Held around each change of the image as a whole, from its first look on."""
         self.writes = 0
         """How many changes were asked for so far."""
 
@@ -107,15 +110,15 @@ class DiskWriter:
         if self._detect is not DetectZeroes.OFF and is_zero(data):
             await self.zero(guest, len(data), unmap=self._detect is DetectZeroes.UNMAP)
             return
-        await self._change(guest, len(data), self._writer.write(guest, memoryview(data)))
+        await self._change(guest, len(data), lambda: self._writer.write(guest, memoryview(data)))
 
     async def zero(self, guest: int, length: int, *, unmap: bool = False) -> None:
         """Make a range read as zeros, giving its clusters back with `unmap`; raises as `write` does."""
-        await self._change(guest, length, self._zeroer.zero(guest, length, unmap=unmap))
+        await self._change(guest, length, lambda: self._zeroer.zero(guest, length, unmap=unmap))
 
     async def discard(self, guest: int, length: int) -> None:
         """Give back the whole clusters of a range; raises as `write` does."""
-        await self._change(guest, length, self._zeroer.discard(guest, length))
+        await self._change(guest, length, lambda: self._zeroer.discard(guest, length))
 
     async def flush(self) -> None:
         """Return when everything written so far is on disk. Raises `OSError` as the host does."""
@@ -143,11 +146,19 @@ class DiskWriter:
         if not length:
             return
         if not await self._writer.reads_as_zeros(size - 1, length + 1):
-            await self._change(size, 0, self._writer.write(size, memoryview(bytes(length))))
+            await self._change(size, 0, lambda: self._writer.write(size, memoryview(bytes(length))))
+
+    @property
+    def dropped(self) -> list[range]:
+        """Host clusters that are counted only until those who read them have ended."""
+        return self._flusher.dropped
 
     def take_over(self, successor: DiskWriter, freed: list[range]) -> None:
-        """Go on as `successor`, which was made of the image's new state; `freed` is not used any more."""
-        for clusters in [*self._flusher.take_dropped(), *freed]:
+        """Go on as `successor`, which was made of the image's new state; `freed` is not used any more.
+
+        The new state counts `dropped` no more but for what is in `freed`.
+        """
+        for clusters in freed:
             successor._flusher.drop(clusters)
         successor._writer.linked = self._writer.linked
         self._parts, self._metadata = successor._parts, successor._metadata
@@ -179,16 +190,18 @@ class DiskWriter:
         """Whether anything waits to reach the disk."""
         return self._flusher.is_dirty
 
-    async def _change(self, guest: int, length: int, work: Coroutine[Any, Any, None]) -> None:
-        """Run what changes a range of the disk, beside other changes."""
+    async def _change(self, guest: int, length: int, work: Callable[[], Awaitable[None]]) -> None:
+        """Run what changes a range of the disk, beside other changes.
+
+        It is looked up only when it is its turn: a new state may have come in force meanwhile.
+        """
         await self._gate.enter()
         try:
             await self._prepare(guest, length)
-            await work
+            await work()
         except MetadataOverlap as error:
             raise await self._marked_corrupt(str(error)) from None
         finally:
-            work.close()
             self._gate.leave()
 
     async def _prepare(self, guest: int, length: int) -> None:

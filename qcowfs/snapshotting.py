@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from qcowfs.draft import Draft
-from qcowfs.errors import UnsupportedFeature, UsageError
+from qcowfs.errors import CorruptImage, UnsupportedFeature, UsageError
 from qcowfs.format.entries import COPIED, OFFSET_MASK, ZERO
 from qcowfs.format.header import MAX_L1_BYTES, MAX_SNAPSHOTS
 from qcowfs.format.snapshot_table import MAX_TABLE_BYTES, NO_ICOUNT, Snapshot
@@ -80,10 +80,11 @@ def revert(snapshot: Snapshot) -> Plan:
 
     async def plan(draft: Draft) -> None:
         _refuse_data_file(draft)
+        size = draft.size if snapshot.disk_size is None else snapshot.disk_size
+        l1 = await _l1_of(draft, snapshot, size)
         await draft.lower_tree(draft.l1)
-        draft.l1 = await _l1_of(draft, snapshot)
-        await draft.raise_tree(draft.l1)
-        draft.size = draft.size if snapshot.disk_size is None else snapshot.disk_size
+        await draft.raise_tree(l1)
+        draft.l1, draft.size = l1, size
         await draft.fix_flags()
 
     return plan
@@ -200,6 +201,14 @@ def _extra(size: int) -> bytes:
     return b"".join(value.to_bytes(8, "big") for value in (0, size, NO_ICOUNT))
 
 
-async def _l1_of(draft: Draft, snapshot: Snapshot) -> Words:
+async def _l1_of(draft: Draft, snapshot: Snapshot, size: int = 0) -> Words:
+    """A snapshot's L1 table; raises `CorruptImage` where it cannot be that of a disk of `size` bytes."""
+    snapshot.check(draft.header.geometry, size)
+    end = draft.header.geometry.cluster_round_up(draft.file.facts().size)
+    if snapshot.l1_table_offset + snapshot.l1_size * 8 > end:
+        raise CorruptImage(
+            f"the snapshot's L1 table at {snapshot.l1_table_offset:#x} lies past the end of the file; "
+            "repair the image with check"
+        )
     l1 = await load_words(draft.file, snapshot.l1_table_offset, snapshot.l1_size)
     return l1 & ~np.uint64(COPIED)

@@ -7,6 +7,9 @@ not. A crash leaves the old state or the new one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import trio
 
 from qcowfs import snapshotting
@@ -25,28 +28,32 @@ async def create_snapshot(image: Image, name: bytes) -> Snapshot:
     Raises, as all functions here: `ReadOnlyError`, `UnsupportedFeature` and `UsageError` where it cannot
     be done, `CorruptImage` for damage in the way, `OSError` as the host does; then nothing has changed.
     """
-    await _change(image, snapshotting.create(name))
-    return image.snapshots[-1]
+    async with _writer(image).turn:
+        await _change(image, snapshotting.create(name))
+        return image.snapshots[-1]
 
 
 async def delete_snapshot(image: Image, snapshot: Snapshot) -> None:
     """Drop a snapshot; what only it held is free, and later reads of its views fail."""
-    _find(image, snapshot)
-    await _change(image, snapshotting.delete(snapshot))
+    async with _writer(image).turn:
+        _find(image, snapshot)
+        await _change(image, snapshotting.delete(snapshot))
 
 
 async def rename_snapshot(image: Image, snapshot: Snapshot, name: bytes) -> Snapshot:
     """Give a snapshot another name; the record that it has now."""
-    position = _find(image, snapshot)
-    await _change(image, snapshotting.rename(snapshot, name))
-    return image.snapshots[position]
+    async with _writer(image).turn:
+        position = _find(image, snapshot)
+        await _change(image, snapshotting.rename(snapshot, name))
+        return image.snapshots[position]
 
 
 async def revert(image: Image, snapshot: Snapshot) -> None:
     """Set the live disk to a snapshot's content and size; what was written since is lost."""
-    _find(image, snapshot)
-    await _change(image, snapshotting.revert(snapshot))
-    _writer(image).note_all_changed()
+    async with _writer(image).turn:
+        _find(image, snapshot)
+        await _change(image, snapshotting.revert(snapshot))
+        _writer(image).note_all_changed()
 
 
 async def resize(image: Image, size: int, *, shrink: bool = False) -> None:
@@ -54,13 +61,16 @@ async def resize(image: Image, size: int, *, shrink: bool = False) -> None:
 
     A smaller size needs `shrink`.
     """
-    old = image.active.size
-    if size < old and not shrink:
-        raise UsageError(f"{image.label}: {size} bytes are less than the {old} that it has; --shrink cuts it")
-    if size > old:
-        await _writer(image).clear_tail()
-    below = 0 if image.backing is None else image.backing.size
-    await _change(image, snapshotting.resize(size, below))
+    async with _writer(image).turn:
+        old = image.active.size
+        if size < old and not shrink:
+            raise UsageError(
+                f"{image.label}: {size} bytes are less than the {old} that it has; --shrink cuts it"
+            )
+        if size > old:
+            await _writer(image).clear_tail()
+        below = 0 if image.backing is None else image.backing.size
+        await _change(image, snapshotting.resize(size, below))
 
 
 def _find(image: Image, snapshot: Snapshot) -> int:
@@ -78,15 +88,32 @@ def _writer(image: Image) -> DiskWriter:
 async def _change(image: Image, plan: Plan) -> None:
     writer = _writer(image)
     async with writer.alone() as protected:
-        try:
+        with _labelled(image):
             draft = await Draft.begin(image.file, image.header, image.snapshots, protected)
+            draft.forget(writer.dropped)
             await plan(draft)
-        except (CorruptImage, UsageError, UnsupportedFeature) as error:
-            raise type(error)(f"{image.label}: {error}") from None
         with trio.CancelScope(shield=True):
-            try:
-                await draft.put_in_force()
-            except CorruptImage:
-                writer.forbid()
-                raise
-            await image.follow(writer, draft.replaced)
+            await _put_in_force(image, writer, draft)
+
+
+async def _put_in_force(image: Image, writer: DiskWriter, draft: Draft) -> None:
+    try:
+        with _labelled(image):
+            await draft.put_in_force()
+    except CorruptImage:
+        writer.forbid()
+        raise
+    try:
+        await image.follow(writer, draft.replaced)
+    except BaseException:
+        writer.forbid()  # what it would write to is not the image's any more
+        raise
+
+
+@contextmanager
+def _labelled(image: Image) -> Iterator[None]:
+    """Let errors name the image."""
+    try:
+        yield
+    except (CorruptImage, UsageError, UnsupportedFeature) as error:
+        raise type(error)(f"{image.label}: {error}") from None

@@ -6,7 +6,6 @@ Implements "Cluster mapping".
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,20 +97,34 @@ class L2Group:
         found[wanted] |= _COPIED
 
 
-async def walk(file: HostFile, geometry: Geometry, l1: Words) -> AsyncIterator[L2Group]:
-    """The L2 tables that an L1 table names, some at a time.
+class Walk:
+    """The L2 tables that an L1 table names, some at a time; the walk may be left at any place.
 
-    Raises `CorruptImage` for one that is not aligned or past the end of the file.
+    Raises `CorruptImage` for a table that is not aligned or past the end of the file.
     """
-    size, end = geometry.cluster_size, file.facts().size
-    indices = np.flatnonzero(l1 & _OFFSET)
-    step = max(1, _CHUNK // size)
-    for start in range(0, len(indices), step):
-        part = indices[start : start + step]
-        places = (l1[part] & _OFFSET).astype(np.int64)
-        if (places & (size - 1)).any() or int(places.max()) >= end:
+
+    def __init__(self, file: HostFile, geometry: Geometry, l1: Words) -> None:
+        """Walk what `l1` names when a step is taken: what is set behind the walk is not walked again."""
+        self._file, self._geometry, self._l1 = file, geometry, l1
+        indices = np.flatnonzero(l1 & _OFFSET)
+        step = max(1, _CHUNK // geometry.cluster_size)
+        self._parts = iter([indices[start : start + step] for start in range(0, len(indices), step)])
+
+    def __aiter__(self) -> Walk:
+        """The walk itself."""
+        return self
+
+    async def __anext__(self) -> L2Group:
+        """The next tables."""
+        part = next(self._parts, None)
+        if part is None:
+            raise StopAsyncIteration
+        size = self._geometry.cluster_size
+        places = (self._l1[part] & _OFFSET).astype(np.int64)
+        if (places & (size - 1)).any() or int(places.max()) >= self._file.facts().size:
             raise CorruptImage("an L1 entry names no cluster of the file; repair the image with check")
         data = memoryview(bytearray(len(part) * size))
-        await file.read_into([(int(at), data[n * size : (n + 1) * size]) for n, at in enumerate(places)])
+        pieces = [data[n * size : (n + 1) * size] for n in range(len(part))]
+        await self._file.read_into(list(zip(places.tolist(), pieces, strict=True)))
         words = np.frombuffer(data, ">u8").astype(np.uint64).reshape(len(part), -1)
-        yield L2Group(geometry, part, places >> geometry.cluster_bits, words)
+        return L2Group(self._geometry, part, places >> self._geometry.cluster_bits, words)

@@ -107,8 +107,8 @@ class ImageView:
         return extents is not None and self._are_zero(extents)
 
     async def is_zero(self, guest: int, length: int) -> bool:
-        """As `is_zero_now`, with tables loaded where they are not in memory."""
-        return self._are_zero(await self._resolve_safely(guest, min(length, self.size - guest)))
+        """As `is_zero_now`, with tables loaded where they are not in memory, up to the last cluster's end."""
+        return self._are_zero(await self._resolve_safely(guest, length))
 
     def _are_zero(self, extents: list[Extent]) -> bool:
         zero = (ZERO_KIND,) if self._sources.backing is not None else (ZERO_KIND, UNALLOCATED)

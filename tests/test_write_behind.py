@@ -1,0 +1,98 @@
+"""The host is told to begin writing long runs out, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from qcowfs import syscalls
+from qcowfs.hostfile import OsHostFile
+from qcowfs.write_behind import CHUNK, WriteBehind
+
+STEP = 1 << 20
+
+
+class Told:
+    """What the host was told, in the place of the system call."""
+
+    def __init__(self) -> None:
+        self.ranges: list[tuple[int, int, int]] = []
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def begin_writing(self, fd: int, offset: int, length: int) -> None:
+        self.go_on.wait(60)
+        self.ranges.append((fd, offset, length))
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    found = Told()
+    monkeypatch.setattr(syscalls, "begin_writing", found.begin_writing)
+    return found
+
+
+def test_a_long_run_is_begun_once_enough_was_written(told: Told) -> None:
+    behind = WriteBehind(7)
+    for offset in range(0, CHUNK, STEP):
+        assert told.ranges == []
+        behind.note(offset, STEP)
+    behind.close()
+    assert told.ranges == [(7, 0, CHUNK)]
+
+
+def test_nothing_waits_while_the_host_is_busy(told: Told) -> None:
+    told.go_on.clear()
+    behind = WriteBehind(7)
+    for offset in range(0, 4 * CHUNK, STEP):
+        behind.note(offset, STEP)
+    assert told.ranges == []
+    told.go_on.set()
+    behind.close()
+    assert told.ranges == [(7, 0, CHUNK)]
+
+
+def test_writes_far_from_each_other_are_left_to_the_host(told: Told) -> None:
+    behind = WriteBehind(7)
+    for number in range(64):
+        behind.note(number * (CHUNK << 3), STEP)
+    behind.close()
+    assert told.ranges == []
+
+
+def test_a_run_after_a_jump_is_a_run_again(told: Told) -> None:
+    behind = WriteBehind(7)
+    behind.note(0, 4096)
+    for offset in range(1 << 40, (1 << 40) + CHUNK, STEP):
+        behind.note(offset, STEP)
+    behind.close()
+    assert told.ranges == [(7, 1 << 40, CHUNK)]
+
+
+async def test_a_host_file_is_written_behind_and_holds_what_was_written(told: Told, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    file = OsHostFile.open(path, writable=True)
+    fd = file.fd
+    for offset in range(0, CHUNK, STEP):
+        await file.write_from([(offset, os.urandom(1) * STEP)])
+    await file.sync()
+    file.close()
+    assert told.ranges == [(fd, 0, CHUNK)]
+    assert path.stat().st_size == CHUNK
+
+
+def test_the_real_call_keeps_the_content(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * STEP)
+    fd = os.open(path, os.O_RDWR)
+    try:
+        syscalls.begin_writing(fd, 0, STEP)
+        syscalls.punch_hole(fd, 4096, 8192)
+    finally:
+        os.close(fd)
+    data = path.read_bytes()
+    assert data == b"x" * 4096 + bytes(8192) + b"x" * (STEP - 12288)
