@@ -1,8 +1,8 @@
 """Sectors to ciphertext and back, many at a time: AES or CAST5 in the modes XTS and CBC, and their IVs.
 
 Owns the arithmetic of modes and IV generators. Must not know where keys come from or where sectors lie. A
-library gives the block cipher. One call of it for each sector would be slow, so a mode is one call in ECB over
-a whole run, with vectorised arithmetic around it.
+library gives the block cipher. Calling it for each sector would be slow, so a mode is one call in ECB over a
+whole run, with vectorised arithmetic around it.
 """
 
 from __future__ import annotations
