@@ -158,7 +158,7 @@ def create(disk: Path, shape: Shape) -> None:
         words[2:2] = _SECRET
     for _ in range(30):  # where its clock is too coarse to choose LUKS's effort, it fails or goes on for ever
         with suppress(subprocess.TimeoutExpired):
-            result = subprocess.run(words, capture_output=True, text=True, check=False, timeout=8)
+            result = subprocess.run(words, capture_output=True, text=True, check=False, timeout=3)
             assert result.returncode == 0 or _TOO_COARSE in result.stderr, result.stderr
             if result.returncode == 0:
                 return

@@ -34,7 +34,7 @@ LAYERS = {
     "writing": 66, "zeroing": 67,
     "live": 68,
     "image": 70, "states": 71,
-    "info": 75,
+    "info": 75, "key_slots": 75,
     "daemon": 80,
     "cli": 90,
     "__main__": 100,

@@ -72,7 +72,7 @@ class LuksHeader:
         magic, version, cipher, mode, hash_name, payload, key_bytes, *digest, uuid = _HEADER.unpack_from(data)
         if magic != MAGIC or version != VERSION:
             raise CorruptImage(f"LUKS header: magic {magic.hex()} version {version} is not LUKS version 1")
-        slots = tuple(_unpack_slot(data, _HEADER.size + i * _SLOT.size) for i in range(SLOTS))
+        slots = tuple(_unpack_slot(data, slot_position(i)) for i in range(SLOTS))
         return cls(
             _text(cipher, "cipher name"), _text(mode, "cipher mode"), _text(hash_name, "hash"),
             payload * SECTOR_SIZE, key_bytes, digest[0], digest[1], digest[2], _text(uuid, "uuid"), slots,
@@ -118,6 +118,11 @@ class LuksHeader:
         limit = min(length, self.payload_offset)
         if end > limit:
             raise CorruptImage(f"LUKS header: key material goes beyond the area ({limit} bytes): {owner}")
+
+
+def slot_position(number: int) -> int:
+    """Where a key slot itself lies in the header, in bytes."""
+    return _HEADER.size + number * _SLOT.size
 
 
 def slot_place(number: int, key_bytes: int) -> int:
