@@ -79,6 +79,10 @@ class Geometry:
         """Whether a cluster starts at `offset`."""
         return not offset & (self.cluster_size - 1)
 
+    def cluster_index(self, offset: int) -> int:
+        """The number of the cluster that holds `offset`."""
+        return offset >> self.cluster_bits
+
     def l1_index(self, guest: int) -> int:
         """Which L1 entry covers the guest offset."""
         return guest // self.l2_coverage
@@ -133,3 +137,24 @@ class Geometry:
     def subcluster_index(self, guest: int) -> int:
         """Which subcluster of its cluster holds the guest offset (extended L2)."""
         return (guest & (self.cluster_size - 1)) // self.subcluster_size
+
+
+def sector_index(offset: int) -> int:
+    """The number of the sector that holds `offset`."""
+    return offset // SECTOR_SIZE
+
+
+def sector_start(offset: int) -> int:
+    """The first byte of the sector that holds `offset`."""
+    return offset & -SECTOR_SIZE
+
+
+def is_whole_sectors(offset: int, length: int) -> bool:
+    """Whether a range begins and ends where sectors do."""
+    return not (offset | length) & (SECTOR_SIZE - 1)
+
+
+def whole_sectors(offset: int, length: int) -> tuple[int, int]:
+    """The start and length of a range rounded out to whole sectors."""
+    start = sector_start(offset)
+    return start, -(-(offset + length) // SECTOR_SIZE) * SECTOR_SIZE - start

@@ -39,12 +39,15 @@ from qcowfs.format.header import V2_LENGTH, Header
 from qcowfs.format.snapshot_table import Snapshot
 from qcowfs.format.words import TABLE_WORDS
 from qcowfs.geometry import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, Geometry
+from qcowfs.guest_data import DataPort
 from qcowfs.hostfile import HostFile, OsHostFile
 from qcowfs.inflate import InflatedClusters, InflatedStore
+from qcowfs.keys import Keys
 from qcowfs.live import DetectZeroes, DiskWriter, Parts, make_writer
 from qcowfs.mapping import Mapping
 from qcowfs.snapshots import load_snapshots
 from qcowfs.text import printable, quoted
+from qcowfs.unlocking import open_guest_data
 from qcowfs.usage import Usage
 from qcowfs.views import Damage, ImageView, Sources
 
@@ -62,7 +65,7 @@ class OpenOptions:
     damage read as zeros. `force_share` reads beside a writer. `table_cache` bounds the metadata tables
     in memory over the whole chain, `inflated_cache` the inflated clusters. A `writable` image takes
     the locks of a writer; what lies below it is only read. `detect_zeroes` tells what becomes of writes
-    of zeros.
+    of zeros, `keys` are those of encrypted images.
     """
 
     backing: BackingPolicy = field(default_factory=BackingPolicy)
@@ -75,6 +78,7 @@ class OpenOptions:
     writable: bool = False
     detect_zeroes: DetectZeroes = DetectZeroes.OFF
     open_writable: OpenHost = open_for_writing
+    keys: Keys = field(default_factory=Keys)
 
 
 @dataclass
@@ -99,6 +103,7 @@ class Image:
         self.snapshots: list[Snapshot] = []
         self.backing: GuestReader | None = None
         self.data_file = file
+        self._data: DataPort
         self._l1_tables: TableCache
         self._l2_tables: TableCache
         self._slices: SliceStore
@@ -153,7 +158,7 @@ class Image:
     def parts(self) -> Parts:
         """What writing needs of the image."""
         return Parts(
-            self.label, self.header, self.file, self.data_file, self.snapshots, self.active,
+            self.label, self.header, self.file, self.data_file, self._data, self.snapshots, self.active,
             self._l1_tables, self._l2_tables, self._slices, self._sources.epochs,
             has_backing=self.backing is not None, detect_zeroes=self._detect_zeroes,
         )  # fmt: skip
@@ -218,13 +223,16 @@ class Image:
                 raise CorruptImage(f"{self.label}: {error}") from None
         self._detect_zeroes = chain.options.detect_zeroes
         self._open_data_file(chain.options, top=top)
+        self._data = await open_guest_data(
+            self.header, self.label, self.file, self.data_file, chain.options.keys
+        )
         self._slices = chain.slices
         self._make_caches()
         if self.header.backing_name is not None:
             self.backing = await _open_backing(self, chain)
         self._sources = Sources(
             geometry=self.geometry,
-            data_file=self.data_file,
+            data=self._data,
             inflated=InflatedClusters(self.file, self.geometry, self.header.compression_type, chain.inflated),
             backing=self.backing,
             damage=Damage(self.label, as_zeros=chain.options.lost_data_as_zeros),

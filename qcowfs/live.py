@@ -25,9 +25,11 @@ from qcowfs.format.bitmaps import BitmapDirectory
 from qcowfs.format.entries import OFFSET_MASK
 from qcowfs.format.features import Autoclear, Incompatible
 from qcowfs.format.header import Header
+from qcowfs.format.luks import unpack_pointer
 from qcowfs.format.snapshot_table import Snapshot
 from qcowfs.format.words import TABLE_WORDS, Words
 from qcowfs.gate import Gate
+from qcowfs.guest_data import DataPort
 from qcowfs.hostfile import HostFile
 from qcowfs.linking import Linker, Tables
 from qcowfs.metadata_map import MetadataMap
@@ -59,6 +61,7 @@ class Parts:
     header: Header
     file: HostFile
     data_file: HostFile
+    data: DataPort
     snapshots: list[Snapshot]
     view: ImageView
     l1_tables: TableCache
@@ -257,7 +260,7 @@ async def make_writer(parts: Parts) -> DiskWriter:
     )
     target = Target(
         geometry=geometry,
-        data_file=parts.data_file,
+        data=parts.data,
         external=header.has_data_file,
         zero_flag=header.version >= 3,
         has_backing=parts.has_backing,
@@ -290,6 +293,9 @@ async def _protect(parts: Parts, metadata: MetadataMap, refcounts: Refcounts) ->
     ranges += [(s.l1_table_offset, s.l1_size * 8) for s in parts.snapshots]
     if parts.snapshots:
         ranges.append((header.snapshots_offset, sum(len(s.pack()) for s in parts.snapshots)))
+    pointer = header.extension(ext.ENCRYPTION_HEADER)
+    if pointer is not None:
+        ranges.append(unpack_pointer(pointer))
     bitmaps = header.extension(ext.BITMAPS)
     if bitmaps is not None:
         directory = BitmapDirectory.unpack(bitmaps)

@@ -15,7 +15,7 @@ from qcowfs.backing import GuestReader
 from qcowfs.epochs import ReadEpochs
 from qcowfs.errors import CorruptImage, SnapshotGone
 from qcowfs.geometry import Geometry
-from qcowfs.hostfile import HostFile, ReadRequest
+from qcowfs.guest_data import DataPort, DataRead
 from qcowfs.inflate import InflatedClusters
 from qcowfs.mapping import COMPRESSED_KIND, DATA, LOST, UNALLOCATED, ZERO_KIND, Extent, Mapping
 from qcowfs.usage import Usage
@@ -58,7 +58,7 @@ class Sources:
     """Where the bytes of an image's views come from."""
 
     geometry: Geometry
-    data_file: HostFile
+    data: DataPort
     inflated: InflatedClusters
     backing: GuestReader | None
     damage: Damage
@@ -76,8 +76,8 @@ class ImageView:
         self.size = size
         self.label = label
         self._sources = sources
-        self._data_end = sources.data_file.facts().size
-        self._read_cached = sources.data_file.read_cached
+        self._data_end = sources.data.facts().size
+        self._read_cached = sources.data.read_cached
 
     def read_now(self, guest: int, buffer: memoryview) -> memoryview | None:
         """The guest's bytes from `guest` on, if they are one run that can be had without waiting.
@@ -98,7 +98,7 @@ class ImageView:
                 return _ZEROS[:length] if length <= len(_ZEROS) else None
             if kind is not DATA:
                 return None
-        cached = host + length <= self._data_end and self._read_cached(host, buffer)
+        cached = host + length <= self._data_end and self._read_cached(guest, host, buffer)
         return buffer if cached else None
 
     def is_zero_now(self, guest: int, length: int) -> bool:
@@ -132,7 +132,7 @@ class ImageView:
         if within < len(buffer):
             fill_zeros(buffer[within:])
             buffer = buffer[:within]
-        requests: list[ReadRequest] = []
+        requests: list[DataRead] = []
         inflating: Inflating = []
         for extent in await self.mapping.resolve(guest, within):
             start = extent.guest_offset - guest
@@ -149,27 +149,27 @@ class ImageView:
             else:
                 fill_zeros(part)
         if requests:
-            await self._sources.data_file.read_into(requests)
+            await self._sources.data.read_into(requests)
         if inflating:
             await self._inflate(inflating)
 
-    def _plan_data(self, extent: Extent, part: memoryview, requests: list[ReadRequest]) -> None:
-        """Add the request for an extent; what lies in clusters wholly past the end is damage."""
+    def _plan_data(self, extent: Extent, part: memoryview, requests: list[DataRead]) -> None:
+        """Add the request for an extent; what lies past the readable end of the file is damage."""
         host, length = extent.host_offset, extent.length
         if host + length > self._data_end:
-            self._data_end = self._sources.data_file.facts().size
-            whole = max(0, self._sources.geometry.cluster_round_up(self._data_end) - host)
+            self._data_end = self._sources.data.facts().size
+            whole = max(0, self._sources.data.readable_end(self._data_end) - host)
             if whole < length:
                 lost = _lost_from(extent, whole, self._data_end, self._sources.geometry)
                 self._sources.damage.handle(lost, part[whole:])
                 part = part[:whole]
         if len(part):
-            requests.append((host, part))
+            requests.append((extent.guest_offset, host, part))
 
     def _plan_inflating(self, extent: Extent, part: memoryview, inflating: Inflating) -> None:
         """Add a cluster to inflate; of its stored bytes only those that the file holds count."""
         if extent.host_offset + extent.stored > self._data_end:
-            self._data_end = self._sources.data_file.facts().size
+            self._data_end = self._sources.data.facts().size
             held = self._data_end - extent.host_offset
             if held <= 0:
                 lost = _lost_from(extent, 0, self._data_end, self._sources.geometry)

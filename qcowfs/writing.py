@@ -16,7 +16,7 @@ from qcowfs.errors import MetadataOverlap
 from qcowfs.flush import Flusher
 from qcowfs.format.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO, subcluster_bitmaps
 from qcowfs.geometry import SUBCLUSTERS, Geometry, GuestOffset, HostOffset
-from qcowfs.hostfile import HostFile, WriteRequest
+from qcowfs.guest_data import DataPort, DataWrite
 from qcowfs.linking import Entry, Linker
 from qcowfs.metadata_map import MetadataMap
 from qcowfs.refcounts import Refcounts
@@ -32,7 +32,7 @@ class Target:
     """Where a writer puts things, and whom it tells."""
 
     geometry: Geometry
-    data_file: HostFile
+    data: DataPort
     external: bool
     zero_flag: bool
     has_backing: bool
@@ -72,7 +72,7 @@ class Writer:
         if start is None or within + len(data) > self._geometry.cluster_size:
             return False
         self._to.flusher.note_write()
-        return self._to.data_file.write_now(start + within, data)
+        return self._to.data.write_now(guest, start + within, data)
 
     async def write(self, guest: GuestOffset, data: memoryview) -> None:
         """Write bytes; the range must lie within the disk.
@@ -104,7 +104,7 @@ class Writer:
         part = data[:length]
         epoch = self._to.epochs.enter()  # nobody may reuse the cluster meanwhile
         try:
-            await self._store([(start + self._geometry.in_cluster(guest), part)])
+            await self._store([(guest, start + self._geometry.in_cluster(guest), part)])
         finally:
             self._to.epochs.leave(epoch)
         return len(part)
@@ -181,7 +181,7 @@ class Writer:
         try:
             if place.fresh and not self._to.has_backing:
                 at = place.host + self._geometry.in_cluster(guest)
-                await self._store([(at, data[:length])])
+                await self._store([(guest, at, data[:length])])
             else:
                 await self._fill(guest, data[:length], place, self._geometry.cluster_size)
             await self._linker.ensure_table(guest)
@@ -291,9 +291,10 @@ class Writer:
     async def _allocate(self, guest: GuestOffset, most: int) -> Place:
         if self._to.external:
             return Place(self._geometry.cluster_start(guest), most, fresh=False)
-        facts = self._to.data_file.facts()
+        facts = self._to.data.facts()
         host, count = await self._to.refcounts.allocate(most)
-        return Place(host, count, fresh=facts.regular and host >= facts.size)
+        fresh = facts.regular and host >= facts.size and not self._to.data.encrypted
+        return Place(host, count, fresh)
 
     async def _fill(self, guest: GuestOffset, data: memoryview, place: Place, unit: int) -> None:
         """Write the data, and around it what the guest had there up to whole units."""
@@ -301,20 +302,20 @@ class Writer:
         host = place.host + geometry.in_cluster(guest)
         head = guest % unit
         tail = -(guest + len(data)) % unit
-        requests: list[WriteRequest] = []
+        requests: list[DataWrite] = []
         before = await self._old_bytes(guest - head, head, place)
         after = await self._old_bytes(guest + len(data), tail, place)
         if before is not None:
-            requests.append((host - head, before))
-        requests.append((host, data))
+            requests.append((guest - head, host - head, before))
+        requests.append((guest, host, data))
         if after is not None:
-            requests.append((host + len(data), after))
+            requests.append((guest + len(data), host + len(data), after))
         await self._store(requests)
 
-    async def _store(self, requests: list[WriteRequest]) -> None:
+    async def _store(self, requests: list[DataWrite]) -> None:
         """Write to the data file; noted when it has ended, since a sync before that is not enough."""
         try:
-            await self._to.data_file.write_from(requests)
+            await self._to.data.write_from(requests)
         finally:
             self._to.flusher.note_write()
 

@@ -8,23 +8,28 @@ from __future__ import annotations
 import random
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 from qcowfs.image import Image, OpenOptions
+from qcowfs.keys import Keys
 from qcowfs.testing import MemoryHostFile
 from tests.memory import FOLDER, MemoryFolder
 
 SECTOR = 512
 DISK, BASE, SNAPSHOT = "disk.qcow2", "base.raw", "before"
+KEY = "a passphrase"
+_SECRET = ("--object", f"secret,id=key,data={KEY}")
+_TOO_COARSE = "Unable to get accurate CPU usage"
 
 
 @dataclass(frozen=True)
 class Shape:
     """How `qemu-img create` is called and what `qemu-io` does next; `base` is the backing file's size.
 
-    The first `bulk` bytes of the disk are written whole.
+    The first `bulk` bytes of the disk are written whole. `encryption` is its format, luks or aes.
     """
 
     cluster_size: int = 65536
@@ -36,6 +41,7 @@ class Shape:
     snapshot: bool = False
     filled: bool = True
     bulk: int = 0
+    encryption: str | None = None
 
     @property
     def options(self) -> str:
@@ -46,7 +52,17 @@ class Shape:
             values += [f"refcount_bits={self.refcount_bits}", f"extended_l2={extended}"]
         if self.base is not None:
             values += [f"backing_file={BASE}", "backing_fmt=raw"]
+        if self.encryption is not None:
+            values += [f"encrypt.format={self.encryption}", "encrypt.key-secret=key"]
+        if self.encryption == "luks":
+            values += ["encrypt.iter-time=10"]
         return ",".join(values)
+
+    def opened(self, disk: Path) -> list[str]:
+        """The words by which QEMU's tools open the image."""
+        if self.encryption is None:
+            return ["--image-opts", f"driver=qcow2,file.filename={disk}"]
+        return [*_SECRET, "--image-opts", f"driver=qcow2,file.filename={disk},encrypt.key-secret=key"]
 
     @property
     def discards_keep_content(self) -> bool:
@@ -93,7 +109,9 @@ class OpenDisk:
 
 async def open_disk(folder: MemoryFolder, options: OpenOptions | None = None) -> OpenDisk:
     """Open the folder's image for writing; its log starts anew."""
-    wanted = replace(options or OpenOptions(), writable=True, open_writable=folder.open)
+    wanted = replace(
+        options or OpenOptions(), writable=True, open_writable=folder.open, keys=Keys(default=KEY.encode())
+    )
     file = folder.files[DISK]
     file.log.clear()
     image = await Image.open(FOLDER / DISK, replace(wanted, open_host=folder.open))
@@ -117,19 +135,34 @@ def make(shape: Shape, seed: int = 0) -> Made:
         disk = folder / DISK
         if shape.base is not None:
             (folder / BASE).write_bytes(rng.randbytes(shape.base))
-        qemu("qemu-img", "create", "-q", "-f", "qcow2", "-o", shape.options, disk, str(shape.size))
+        create(disk, shape)
         if shape.bulk:
-            qemu("qemu-io", "-f", "qcow2", "-c", f"write -P 1 0 {shape.bulk}", disk)
+            qemu("qemu-io", "-c", f"write -P 1 0 {shape.bulk}", *shape.opened(disk))
         if shape.filled:
-            pack(disk, shape, rng)
+            if shape.encryption is None:
+                pack(disk, shape, rng)
             fill(disk, shape, rng)
         if shape.snapshot:
-            qemu("qemu-img", "snapshot", "-c", SNAPSHOT, disk)
+            qemu("qemu-img", "snapshot", "-c", SNAPSHOT, *shape.opened(disk))
         if shape.snapshot and shape.filled:
             fill(disk, shape, rng)
-        snapshot = _raw(folder, "-l", SNAPSHOT) if shape.snapshot else None
+        snapshot = _raw(shape, folder, "-l", SNAPSHOT) if shape.snapshot else None
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in (DISK, BASE)}
-        return Made(shape, files, _raw(folder), snapshot)
+        return Made(shape, files, _raw(shape, folder), snapshot)
+
+
+def create(disk: Path, shape: Shape) -> None:
+    """Make the image without content."""
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", shape.options, str(disk), str(shape.size)]
+    if shape.encryption is not None:
+        words[2:2] = _SECRET
+    for _ in range(30):  # where its clock is too coarse to choose LUKS's effort, it fails or goes on for ever
+        with suppress(subprocess.TimeoutExpired):
+            result = subprocess.run(words, capture_output=True, text=True, check=False, timeout=3)
+            assert result.returncode == 0 or _TOO_COARSE in result.stderr, result.stderr
+            if result.returncode == 0:
+                return
+    raise AssertionError("QEMU never made the image")
 
 
 def fill(disk: Path, shape: Shape, rng: random.Random) -> None:
@@ -146,7 +179,7 @@ def fill(disk: Path, shape: Shape, rng: random.Random) -> None:
         else:
             pattern = "" if "-z" in kind else f"-P {rng.randrange(1, 255)}"
             commands += ["-c", f"{kind} {pattern} {at} {length}"]
-    qemu("qemu-io", "-f", "qcow2", *commands, disk)
+    qemu("qemu-io", *commands, *shape.opened(disk))
 
 
 def pack(disk: Path, shape: Shape, rng: random.Random) -> None:
@@ -160,10 +193,10 @@ def pack(disk: Path, shape: Shape, rng: random.Random) -> None:
     qemu("qemu-io", "-f", "qcow2", *commands, disk)
 
 
-def _raw(folder: Path, *which: str) -> bytes:
+def _raw(shape: Shape, folder: Path, *which: str) -> bytes:
     """The live disk or a snapshot as QEMU reads it."""
     out = folder / "out.raw"
-    qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", *which, folder / DISK, out)
+    qemu("qemu-img", "convert", "-O", "raw", *which, *shape.opened(folder / DISK), out)
     content = out.read_bytes()
     out.unlink()
     return content

@@ -45,6 +45,7 @@ def count_at(data: bytearray, host: int) -> int:
         Shape(version=2, snapshot=True),
         Shape(extended_l2=True, snapshot=True),
         Shape(refcount_bits=1),
+        Shape(encryption="luks"),
         Shape(refcount_bits=64, snapshot=True, base=5000),
     ],
 )

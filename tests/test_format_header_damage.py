@@ -229,8 +229,6 @@ def test_a_compression_type_that_contradicts_its_bit_is_damage(kind: int, marked
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"crypt_method": 1}, "is encrypted (legacy AES), which this version cannot open"),
-        ({"crypt_method": 2}, "is encrypted (LUKS), which this version cannot open"),
         ({"crypt_method": 3}, "encryption method 3 is unknown"),
         ({"compression_type": 2, "incompatible": 8}, "compression type 2 is unknown"),
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qcowfs.errors import CorruptImage
 from qcowfs.format import extensions
 from qcowfs.format.header import Header
-from qcowfs.format.luks import HEADER_SIZE, KeySlot, LuksHeader, unpack_pointer
+from qcowfs.format.luks import HEADER_SIZE, KeySlot, LuksHeader, pack_pointer, slot_place, unpack_pointer
 from tests.asserting import raises_exactly
 
 ACTIVE, INACTIVE = 0x00AC71F3, 0x0000DEAD
@@ -41,6 +41,10 @@ def test_every_field_is_where_the_format_puts_it() -> None:
     assert (header.digest, header.digest_salt, header.digest_iterations) == (b"d" * 20, b"s" * 32, 1000)
     assert [slot.active for slot in header.slots] == [n == 2 for n in range(8)]
     assert header.slots[2] == KeySlot(True, 7, b"2" * 32, 24 * 512, 4000)
+
+
+def test_packing_gives_the_same_bytes_again() -> None:
+    assert LuksHeader.unpack(bytes(luks_header())).pack() == luks_header()
 
 
 @pytest.mark.parametrize("length", [0, HEADER_SIZE - 1])
@@ -77,6 +81,7 @@ def test_a_text_without_its_terminator_is_damage(at: int, size: int, name: str) 
 
 def test_the_pointer_is_an_offset_and_a_length() -> None:
     assert unpack_pointer((0x50000).to_bytes(8, "big") + (2068480).to_bytes(8, "big")) == (0x50000, 2068480)
+    assert unpack_pointer(pack_pointer(0x50000, 7)) == (0x50000, 7)
     with raises_exactly(CorruptImage, "encryption header pointer has 15 bytes, not 16"):
         unpack_pointer(bytes(15))
 
@@ -108,3 +113,7 @@ def test_a_header_that_qemu_made_is_read(tmp_path: Path) -> None:
     assert (header.cipher, header.mode, header.hash, header.key_bytes) == ("aes", "xts-plain64", "sha256", 64)
     assert [slot.active for slot in header.slots] == [True] + [False] * 7
     assert header.slots[0].stripes == 4000
+    assert [slot.key_offset for slot in header.slots] == [slot_place(n, 64) for n in range(8)]
+    assert header.payload_offset == slot_place(8, 64)
+    header.check(length)
+    assert header.pack() == image[offset : offset + HEADER_SIZE]

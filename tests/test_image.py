@@ -70,16 +70,24 @@ async def test_a_damaged_header_is_refused_in_the_name_of_the_image() -> None:
     await refused(data, CorruptImage, text)
 
 
-@pytest.mark.parametrize(
-    ("method", "text"),
-    [
-        (1, "is encrypted (legacy AES), which this version cannot open"),
-        (2, "is encrypted (LUKS), which this version cannot open"),
-        (7, "encryption method 7 is unknown"),
-    ],
+NO_KEY = (
+    "is encrypted (legacy AES); give its passphrase by --key-file FILE, by --key-fd N, or as the systemd "
+    "credential qcowfs.key"
 )
-async def test_an_encrypted_image_is_refused_by_its_method(method: int, text: str) -> None:
-    await refused(ImageBuilder(C, fields={"crypt_method": method}).build(), UnsupportedFeature, text)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "text"),
+    [
+        (1, UsageError, NO_KEY),
+        (2, CorruptImage, "is encrypted (LUKS) but does not tell where its LUKS header is"),
+        (7, UnsupportedFeature, "encryption method 7 is unknown"),
+    ],
+)  # fmt: skip
+async def test_an_encrypted_image_is_not_opened_without_a_key(
+    method: int, kind: type[QcowError], text: str
+) -> None:
+    await refused(ImageBuilder(C, fields={"crypt_method": method}).build(), kind, text)
 
 
 @pytest.mark.parametrize(

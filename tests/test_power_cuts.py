@@ -37,6 +37,8 @@ SHAPES = {
     "table grows": Shape(cluster_size=512, size=2200 << 10, refcount_bits=64, bulk=1850 << 10),
     "subclusters": Shape(extended_l2=True, cluster_size=16384, size=2 * SMALL + ODD, snapshot=True),
     "subclusters backing": Shape(extended_l2=True, base=600_000, size=768 << 10),
+    "luks": Shape(cluster_size=4096, size=SMALL + ODD, snapshot=True, encryption="luks"),
+    "legacy aes": Shape(base=300_001, encryption="aes"),
 }
 CASES = [(name, seed, faults) for name in SHAPES for seed, faults in ((1, False), (2, False), (3, True))]
 
@@ -90,7 +92,7 @@ async def test_nothing_flushed_is_lost_in_a_power_cut(
             await Crash(made, history, cut, data, told).judge(rng)
             judged += 1
             if judged in QEMU_JUDGES:
-                qemu("qemu-img", "check", made.save(data, tmp_path), codes=(0, 3))
+                qemu("qemu-img", "check", *made.shape.opened(made.save(data, tmp_path)), codes=(0, 3))
     assert judged == wanted
 
 
@@ -111,4 +113,4 @@ async def test_after_faults_of_the_host_a_closed_image_is_clean(name: str, seed:
     await disk.image.aclose()
     report = await check(disk.file)
     assert (report.errors, report.leaks) == ([], []), f"seed {seed}"
-    qemu("qemu-img", "check", made.save(bytes(disk.file.data), tmp_path))
+    qemu("qemu-img", "check", *made.shape.opened(made.save(bytes(disk.file.data), tmp_path)))

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from qcowfs.check import check
 from qcowfs.hostfile import HostFile, ReadRequest, WriteRequest
 from qcowfs.image import Image, OpenOptions
+from qcowfs.keys import Keys
 from qcowfs.testing import MemoryHostFile
 from tests.host_files import writer_of
 from tests.memory import FOLDER, read
-from tests.shapes import DISK, SECTOR, Made, Shape, make
+from tests.shapes import DISK, KEY, SECTOR, Made, Shape, make
 
 WRITERS, STEPS = 6, 15
 SIZE = 200 << 10
@@ -29,6 +30,8 @@ shapes = st.sampled_from(
         Shape(extended_l2=True, cluster_size=16384, size=2 * SIZE, snapshot=True),
         Shape(version=2, cluster_size=1024, size=SIZE, base=90_000),
         Shape(cluster_size=1024, size=SIZE, refcount_bits=1),
+        Shape(cluster_size=4096, size=SIZE, snapshot=True, encryption="luks"),
+        Shape(size=SIZE, base=90_000, encryption="aes"),
     ]
 )
 
@@ -72,8 +75,9 @@ class Crowd:
     async def open(self, table_cache: int) -> None:
         """Open the image for writing."""
         options = OpenOptions(
-            writable=True, table_cache=table_cache, open_writable=self._host, open_host=self._host
-        )
+            writable=True, table_cache=table_cache, open_writable=self._host, open_host=self._host,
+            keys=Keys(default=KEY.encode()),
+        )  # fmt: skip
         self.image = await Image.open(FOLDER / DISK, options)
 
     def _host(self, path: Path) -> HostFile:

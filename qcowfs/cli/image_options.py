@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qcowfs.cli import key_options
 from qcowfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lost-data", choices=("error", "zeros"), default="error",
         help="how lost data reads: as an error (the default), or for rescue work as zeros",
     )  # fmt: skip
+    key_options.add_arguments(group)
     group.add_argument(
         "--table-cache", type=size, metavar="SIZE",
         help="memory for metadata tables, over all images of the chain (default 32M)",
@@ -72,6 +74,7 @@ def open_options(args: argparse.Namespace) -> OpenOptions:
         force_share=args.force_share,
         writable=_writable(args),
         table_cache=args.table_cache or DEFAULT_CACHE_BYTES,
+        keys=key_options.make_keys(args),
     )
 
 

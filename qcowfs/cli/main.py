@@ -33,11 +33,13 @@ COMMANDS = {
     "map": "tell where the bytes of a disk lie",
     "completion": "print what completes these words in a shell",
     "man": "print a manual page",
+    "key": "list, add or remove the passphrases that open an image encrypted by LUKS",
 }
 
 EPILOG = """exit codes: 0 done, 1 the host failed (file, disk), 2 wrong usage or not a qcow2 image,
 3 the image needs a feature that is not supported, 4 the image is damaged, 5 the image is in use,
-6 a backing or data file is missing or refused, 7 mounting or unmounting failed, 130 interrupted"""
+6 a backing or data file is missing or refused, 7 mounting or unmounting failed, 8 a passphrase is wrong,
+130 interrupted"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

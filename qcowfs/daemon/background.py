@@ -44,7 +44,7 @@ def run_in_background(daemon: Callable[[Ready], int]) -> int:
 
 
 def _run_child(daemon: Callable[[Ready], int], writer: int) -> int:
-    os.setsid()
+    """Stay in the terminal's session until the mount is live: a passphrase may have to be asked for."""
 
     def ready(text: str) -> None:
         _leave_terminal()
@@ -59,6 +59,7 @@ def _run_child(daemon: Callable[[Ready], int], writer: int) -> int:
 
 def _leave_terminal() -> None:
     """Give up the standard files, but keep a standard error that nobody waits to see closed."""
+    os.setsid()
     os.chdir("/")
     null = os.open(_DEVICE_NULL, os.O_RDWR)
     os.dup2(null, 0)

@@ -172,9 +172,6 @@ class Header:
         refuse_unknown(self.incompatible, self.feature_names)
         if self.crypt_method not in (CRYPT_NONE, *CRYPT_NAMES):
             raise UnsupportedFeature(f"encryption method {self.crypt_method} is unknown")
-        if self.crypt_method:
-            name = CRYPT_NAMES[self.crypt_method]
-            raise UnsupportedFeature(f"is encrypted ({name}), which this version cannot open")
         if self.compression_type not in COMPRESSION_NAMES:
             raise UnsupportedFeature(f"compression type {self.compression_type} is unknown")
         marked = bool(self.incompatible & Incompatible.COMPRESSION_TYPE)

@@ -11,22 +11,6 @@ from tests.e2e.mounts import mounted, refusal
 from tests.e2e.tools import MIB, as_raw, assert_same, convert, create, qemu_io, raw_file
 
 
-@pytest.mark.parametrize(("kind", "name"), [("luks", "LUKS"), ("aes", "legacy AES")])
-def test_an_encrypted_image_is_refused_by_name(
-    kind: str, name: str, encrypted_images: dict[str, Path], tmp_path: Path
-) -> None:
-    image = encrypted_images[kind]
-    message = f"is encrypted ({name}), which this version cannot open\n"
-    result = refusal(image, tmp_path / "here")
-    assert (result.returncode, result.stderr) == (3, f"qcowfs: {image}: {message}")
-    overlay = create(tmp_path / "overlay.qcow2", MIB, "-u", "-b", image, "-F", "qcow2")
-    result = refusal(overlay, tmp_path / "here")
-    assert (result.returncode, result.stderr) == (
-        3,
-        f"qcowfs: {image} (backing file of {overlay}): {message}",
-    )
-
-
 @pytest.mark.parametrize("start", [b"", b"KDMV\1\0\0\0", b"#!/bin/sh\n", b"\0" * 4096])
 def test_another_kind_of_file_is_refused_with_what_to_do(start: bytes, tmp_path: Path) -> None:
     image = tmp_path / "image.qcow2"

@@ -1,0 +1,81 @@
+"""The key material of encrypted images: which passphrase belongs to which image of a chain.
+
+Owns the order in which sources of passphrases are asked. Must not know what a passphrase opens. A passphrase
+is the whole content of its source, a newline at the end included, as with QEMU's secret objects. It is never
+part of a message, a log line or a printed object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from qcowfs.errors import UsageError
+
+MAX_KEY_SIZE = 8 << 20
+"""Bytes that a key file may have; as much as cryptsetup takes."""
+CREDENTIAL = "qcowfs.key"
+"""The credential that opens any image; that of one image is called as its file, with `.key`."""
+
+Ask = Callable[[str], bytes | None]
+"""From an image's label to the passphrase that somebody typed, None if there is nobody to ask."""
+
+
+class Keys:
+    """Passphrases by image; without any sources it has none."""
+
+    def __init__(
+        self,
+        by_name: Mapping[str, bytes] | None = None,
+        default: bytes | None = None,
+        credentials: Path | None = None,
+        ask: Ask | None = None,
+    ) -> None:
+        """`by_name` has those for images of a path or file name, `default` is for all others.
+
+        After both come files in the folder `credentials`, as systemd fills it, and at last `ask`.
+        """
+        self._by_name = dict(by_name or {})
+        self._default = default
+        self._credentials = credentials
+        self._ask = ask
+
+    def get(self, image: str, label: str, kind: str) -> bytes:
+        """The passphrase of the image whose file is `image`.
+
+        Raises `UsageError` that says how to give one, in the name of `label`; `kind` is its encryption.
+        """
+        path = Path(image)
+        for name, passphrase in self._by_name.items():
+            if name == path.name or Path(name).resolve() == path.resolve():
+                return passphrase
+        if self._default is not None:
+            return self._default
+        found = self._credential(path)
+        if found is None and self._ask is not None:
+            found = self._ask(label)
+        if found is None:
+            raise UsageError(
+                f"{label}: is encrypted ({kind}); give its passphrase by --key-file FILE, by --key-fd N, or "
+                f"as the systemd credential {CREDENTIAL}"
+            )
+        return found
+
+    def _credential(self, path: Path) -> bytes | None:
+        if self._credentials is None:
+            return None
+        files = [self._credentials / f"{path.name}.key", self._credentials / CREDENTIAL]
+        return next((read_key(file) for file in files if file.is_file()), None)
+
+
+def read_key(path: Path) -> bytes:
+    """The whole content of a key file; raises `UsageError` if it is too large, `OSError` as the host does."""
+    with path.open("rb") as file:
+        return checked_key(file.read(MAX_KEY_SIZE + 1), str(path))
+
+
+def checked_key(passphrase: bytes, source: str) -> bytes:
+    """The passphrase, unless it is too large to be one; then raises `UsageError` that names its source."""
+    if len(passphrase) > MAX_KEY_SIZE:
+        raise UsageError(f"{source}: a key has at most {MAX_KEY_SIZE >> 20} MiB")
+    return passphrase
