@@ -78,7 +78,10 @@ def layers_of(disk: Disk) -> list[Layer | None]:
         view = disk.view if not layers and disk.view is not None else reader.active
         file = reader.data_file
         kind = reader.header.compression_type
-        layers.append(Layer(file, view, kind) if isinstance(file, OsHostFile) else None)
+        if isinstance(file, OsHostFile) and not reader.header.crypt_method:
+            layers.append(Layer(file, view, kind))
+        else:
+            layers.append(None)
         reader = reader.backing
     if isinstance(reader, RawBacking):
         layers.append(Layer(reader.file) if isinstance(reader.file, OsHostFile) else None)
