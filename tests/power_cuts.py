@@ -1,19 +1,29 @@
 """Power cuts: states that a crash may leave a host file in, made from the log of its writes and syncs.
 
-A workload changes a disk and flushes now and then. For a cut after any entry of the log, each write since the
-last sync may be there, be lost, or be torn by sectors. `pytest --power-cuts N` tries N states (default 2000).
+A workload changes a disk, its size and its snapshots, and flushes now and then. For a cut after any entry of
+the log, each write since the last sync may be there, be lost, or be torn by sectors. `pytest --power-cuts N`
+tries N states (default 2000).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from qcowfs import states
+from qcowfs.errors import CorruptImage, UnsupportedFeature, UsageError
 from qcowfs.testing import SYNC, Sync, Write
+from tests.memory import read
 from tests.shapes import SECTOR, OpenDisk, Shape
 
 ERRNO_OF_FAULTS = (5, 28)  # EIO, ENOSPC
+WHOLE = ("create", "delete", "revert", "rename", "resize")
+"""The kinds of steps that change the image as a whole."""
+
+Saved = dict[bytes, tuple[bytes, bytes]]
+"""The name and the content of each snapshot, by its id."""
+Work = Callable[[], Awaitable[object]]
 
 
 @dataclass(frozen=True)
@@ -26,13 +36,44 @@ class Change:
 
 
 @dataclass
+class Transition:
+    """A change of the image as a whole: the places of the log where it began and ended, what it leads to."""
+
+    begun: int
+    ended: int
+    live: bytes
+    saved: Saved
+
+
+@dataclass
 class History:
-    """What a workload did: all content at each flush that returned, and the changes since."""
+    """What a workload did: all content at each flush that returned, and the changes since.
+
+    `saved` tells the snapshots since a place of the log. While a transition is under way, the state that
+    it leads to may be found in the place of the old one, whole.
+    """
 
     shape: Shape
     model: bytearray
     acknowledged: list[tuple[int, bytes]] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
+    saved: list[tuple[int, Saved]] = field(default_factory=list)
+    transitions: list[Transition] = field(default_factory=list)
+
+    def faults(self, cut: int, content: bytes, saved: Saved) -> list[str]:
+        """What is wrong with the disk and the snapshots that were found, if the log ended at the cut."""
+        for transition in self.transitions:
+            at_work = transition.begun <= cut < transition.ended
+            if at_work and (content, saved) == (transition.live, transition.saved):
+                return []
+        known = [since for since in self.saved if since[0] <= cut][-1][1]
+        wrong = [f"snapshot {i!r}" for i in known.keys() | saved.keys() if known.get(i) != saved.get(i)]
+        if len(content) != len(self._acknowledged(cut)[1]):
+            return [*wrong, f"a size of {len(content)}"]
+        return wrong + [f"sector {sector}" for sector in self.lost_sectors(cut, content)]
+
+    def _acknowledged(self, cut: int) -> tuple[int, bytes]:
+        return [known for known in self.acknowledged if known[0] <= cut][-1]
 
     def note(self, log_before: int, guest: int, length: int) -> None:
         """Note that the model's range has its present content since a place of the log."""
@@ -42,7 +83,7 @@ class History:
 
     def lost_sectors(self, cut: int, content: bytes) -> list[int]:
         """Sectors whose bytes are neither acknowledged nor written later, if the log ended at the cut."""
-        flushed_at, acknowledged = max(a for a in self.acknowledged if a[0] <= cut)
+        flushed_at, acknowledged = self._acknowledged(cut)
         if content == acknowledged:
             return []
         versions = self._versions(flushed_at, cut)
@@ -73,17 +114,28 @@ def _is_mixture(sector: bytes, versions: list[bytes]) -> bool:
     return all(byte in {v[i] for v in versions} for i, byte in enumerate(sector))
 
 
+async def read_saved(disk: OpenDisk) -> Saved:
+    """The snapshots of an open image."""
+    found: Saved = {}
+    for snapshot in disk.image.snapshots:
+        view = disk.image.snapshot_view(snapshot)
+        found[snapshot.id] = snapshot.name, await read(view, 0, view.size)
+    return found
+
+
 class Workload:
     """A random sequence of changes to one open disk, with its history."""
 
-    def __init__(self, disk: OpenDisk, shape: Shape, content: bytes, seed: int) -> None:
+    def __init__(self, disk: OpenDisk, shape: Shape, content: bytes, seed: int, saved: Saved) -> None:
         self.disk = disk
         self.rng = random.Random(seed)
-        self.history = History(shape, bytearray(content), [(0, bytes(content))])
+        self.history = History(shape, bytearray(content), [(0, bytes(content))], saved=[(0, saved)])
+        self.is_over = False
+        """Whether the header could not be put back, so that nothing more is written."""
 
     async def run(self, steps: int, *, faults: bool = False) -> History:
         """Do random steps; with faults, some syncs and writes of the host fail for a while."""
-        kinds = ["write"] * 8 + ["zero", "unmap", "discard", "flush", "flush"]
+        kinds = ["write"] * 12 + ["zero", "unmap", "discard", "flush", "flush", *WHOLE]
         if faults:
             kinds += ["break"] * 2 + ["heal"] * 3
         for _ in range(steps):
@@ -94,7 +146,11 @@ class Workload:
 
     async def step(self, kind: str) -> None:
         """One step; one that fails leaves what the disk then reads as."""
-        if kind == "heal":
+        if self.is_over:
+            return
+        if kind in WHOLE:
+            await self.change_whole(kind, self.rng)
+        elif kind == "heal":
             self.disk.file.heal()
         elif kind == "break":
             self.break_something()
@@ -137,11 +193,64 @@ class Workload:
             self.history.model[guest : guest + length] = await self.disk.read(guest, length)
             self.history.note(before, guest, length)
 
+    @property
+    def saved(self) -> Saved:
+        """The snapshots as they should be now."""
+        return self.history.saved[-1][1]
+
+    async def change_whole(self, kind: str, rng: random.Random) -> None:
+        """Change the snapshots or the size; what is refused changes nothing, nor does what fails."""
+        live, saved, work = self.plan(kind, rng)
+        if work is None:
+            return
+        log = self.disk.file.log
+        transition = Transition(len(log), 1 << 60, live, saved)
+        self.history.transitions.append(transition)
+        try:
+            await work()
+        except (UsageError, UnsupportedFeature):
+            transition.ended = len(log)
+        except CorruptImage as error:
+            assert "nor put back" in str(error)  # noqa: PT017 - the step may as well succeed
+            self.is_over = True
+        except OSError as error:
+            assert error.errno in ERRNO_OF_FAULTS  # noqa: PT017 - as above
+            transition.ended = len(log)
+        else:
+            transition.ended = len(log)
+            self.history.model[:] = live
+            self.history.acknowledged.append((len(log), live))
+            self.history.saved.append((len(log), saved))
+
+    def plan(self, kind: str, rng: random.Random) -> tuple[bytes, Saved, Work | None]:
+        """The live disk and the snapshots that a change leads to, and the change, if there can be one."""
+        image, live, saved = self.disk.image, bytes(self.history.model), dict(self.saved)
+        name = b"snapshot %d" % rng.randrange(1000)
+        if kind == "create":
+            saved[b"%d" % (max(map(int, saved), default=0) + 1)] = name, live
+            return live, saved, lambda: states.create_snapshot(image, name)
+        if kind == "resize":
+            sectors = rng.choice(
+                [rng.randint(1, 2 * self.history.shape.size // SECTOR), len(live) // SECTOR + 3]
+            )
+            size = sectors * SECTOR
+            return live[:size].ljust(size, b"\0"), saved, lambda: states.resize(image, size, shrink=True)
+        if not image.snapshots:
+            return live, saved, None
+        chosen = rng.choice(image.snapshots)
+        if kind == "delete":
+            del saved[chosen.id]
+            return live, saved, lambda: states.delete_snapshot(image, chosen)
+        if kind == "rename":
+            saved[chosen.id] = name, saved[chosen.id][1]
+            return live, saved, lambda: states.rename_snapshot(image, chosen, name)
+        return saved[chosen.id][1], saved, lambda: states.revert(image, chosen)
+
     def place(self) -> tuple[int, int]:
         """A range of the disk: often some sectors, at times clusters or odd bytes."""
-        size, cluster = self.disk.size, self.history.shape.cluster_size
+        size, cluster = len(self.history.model), self.history.shape.cluster_size
         unit = self.rng.choice([SECTOR, SECTOR, cluster, cluster, 1])
-        start = self.rng.randrange(size // unit) * unit
+        start = self.rng.randrange(-(-size // unit)) * unit
         length = self.rng.choice([1, 1, 2, 3, 7, 40]) * unit
         return start, min(length, size - start, 5 * max(cluster, 8192))
 
@@ -152,7 +261,7 @@ class Workload:
             self.history.model[guest:end] = data if kind == "write" else bytes(len(data))
         elif not shape.discards_keep_content:
             start = -(-guest // shape.cluster_size) * shape.cluster_size
-            stop = end if end == self.disk.size else end // shape.cluster_size * shape.cluster_size
+            stop = end if end == len(self.history.model) else end // shape.cluster_size * shape.cluster_size
             if start < stop:
                 self.history.model[start:stop] = bytes(stop - start)
 

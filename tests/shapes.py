@@ -9,7 +9,7 @@ import random
 import subprocess
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -96,10 +96,11 @@ class OpenDisk:
 
     image: Image
     file: MemoryHostFile
-    size: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.size = self.image.size
+    @property
+    def size(self) -> int:
+        """Bytes of the live disk, as of now."""
+        return self.image.size
 
     async def read(self, guest: int, length: int) -> bytes:
         buffer = bytearray(b"\xa5" * length)

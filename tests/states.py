@@ -153,12 +153,12 @@ class Twin:
 def assert_by_qemu(made: Made, data: bytes, folder: Path, live: bytes, saved: dict[bytes, bytes]) -> None:
     """QEMU finds the image clean, and reads it as told."""
     path, raw = made.save(data, folder), folder / "seen.raw"
-    qemu("qemu-img", "check", "-f", "qcow2", path)
-    qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, raw)
+    words = made.shape.opened(path)
+    qemu("qemu-img", "check", *words)
+    qemu("qemu-img", "convert", "-O", "raw", *words, raw)
     assert raw.read_bytes() == live
     for id_, content in saved.items():
-        which = f"snapshot.id={id_.decode()}"
-        qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", "-l", which, path, raw)
+        qemu("qemu-img", "convert", "-O", "raw", "-l", f"snapshot.id={id_.decode()}", *words, raw)
         seen = raw.read_bytes()[: len(content)]  # QEMU gives each snapshot the live disk's size
         assert seen == content[: len(live)]
 

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from qcowfs.check import check
 from qcowfs.image import OpenOptions
-from tests.memory import MemoryFolder, read
-from tests.power_cuts import Workload
-from tests.shapes import SECTOR, SNAPSHOT, Made, Shape, make, open_disk, qemu
+from tests.memory import MemoryFolder
+from tests.power_cuts import WHOLE, Workload, read_saved
+from tests.shapes import SECTOR, Made, Shape, make, open_disk
+from tests.states import assert_by_qemu
 
 KIB = 1 << 10
-KINDS = ["write", "write", "write", "zero", "unmap", "discard", "read", "flush", "reopen"]
+KINDS = ["write", "write", "write", "zero", "unmap", "discard", "read", "flush", "reopen", *WHOLE]
 
 
 @st.composite
@@ -54,11 +55,11 @@ class Step:
     length: int
     seed: int
 
-    def place(self, shape: Shape) -> tuple[int, int]:
-        """The guest offset and the length, within the disk."""
+    def place(self, shape: Shape, size: int) -> tuple[int, int]:
+        """The guest offset and the length, within a disk of that size."""
         unit = {"byte": 1, "sector": SECTOR, "cluster": shape.cluster_size}[self.unit]
-        start = self.start * unit * (101 if self.unit == "byte" else 1) % shape.size
-        return start, min(self.length * unit, shape.size - start)
+        start = self.start * unit * (101 if self.unit == "byte" else 1) % size
+        return start, min(self.length * unit, size - start)
 
 
 steps = st.builds(
@@ -84,7 +85,7 @@ class Machine:
         """Open the image."""
         self.folder = self.made.folder()
         disk = await open_disk(self.folder, self.options)
-        self.workload = Workload(disk, self.made.shape, self.made.content, 0)
+        self.workload = Workload(disk, self.made.shape, self.made.content, 0, await read_saved(disk))
 
     @property
     def model(self) -> bytearray:
@@ -92,8 +93,10 @@ class Machine:
 
     async def do(self, step: Step) -> None:
         """Apply one rule to the image and to the model."""
-        guest, length = step.place(self.made.shape)
-        if step.kind == "read":
+        guest, length = step.place(self.made.shape, len(self.model))
+        if step.kind in WHOLE:
+            await self.workload.change_whole(step.kind, random.Random(step.seed))
+        elif step.kind == "read":
             assert await self.workload.disk.read(guest, length) == self.model[guest : guest + length]
         elif step.kind == "flush":
             await self.workload.flush()
@@ -106,27 +109,16 @@ class Machine:
             self.workload.update_model(step.kind, guest, data)
 
     async def finish(self) -> None:
-        """The disk and the snapshot read as they should, also by QEMU, and nothing leaked."""
+        """The disk and the snapshots read as they should, also by QEMU, and nothing leaked."""
         image, disk = self.workload.disk.image, self.workload.disk
         assert await disk.read(0, disk.size) == self.model
-        for snapshot in image.snapshots:
-            view = image.snapshot_view(snapshot)
-            assert await read(view, 0, view.size) == self.made.snapshot
+        assert await read_saved(disk) == self.workload.saved
         await image.aclose()
         report = await check(disk.file)
         assert (report.errors, report.leaks) == ([], [])
-        self.compare_by_qemu(bytes(disk.file.data))
-
-    def compare_by_qemu(self, data: bytes) -> None:
+        saved = {id_: content for id_, (_, content) in self.workload.saved.items()}
         with tempfile.TemporaryDirectory() as scratch:
-            path, raw = self.made.save(data, Path(scratch)), Path(scratch) / "model.raw"
-            words = self.made.shape.opened(path)
-            qemu("qemu-img", "check", *words)
-            raw.write_bytes(self.model)
-            qemu("qemu-img", "compare", *words, f"driver=raw,file.filename={raw}")
-            if self.made.snapshot is not None:
-                qemu("qemu-img", "convert", "-O", "raw", "-l", SNAPSHOT, *words, raw)
-                assert raw.read_bytes() == self.made.snapshot
+            assert_by_qemu(self.made, bytes(disk.file.data), Path(scratch), bytes(self.model), saved)
 
 
 @given(
