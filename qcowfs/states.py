@@ -16,7 +16,7 @@ from qcowfs import snapshotting
 from qcowfs.draft import Draft
 from qcowfs.errors import CorruptImage, ReadOnlyError, UnsupportedFeature, UsageError
 from qcowfs.format.snapshot_table import Snapshot
-from qcowfs.image import Image
+from qcowfs.image import Image, read_header
 from qcowfs.live import DiskWriter
 from qcowfs.snapshotting import Plan
 from qcowfs.text import quoted
@@ -88,6 +88,7 @@ def _writer(image: Image) -> DiskWriter:
 async def _change(image: Image, plan: Plan) -> None:
     writer = _writer(image)
     async with writer.alone() as protected:
+        image.header = await read_header(image.file, image.label)  # the refcount table may have moved
         with _labelled(image):
             draft = await Draft.begin(image.file, image.header, image.snapshots, protected)
             draft.forget(writer.dropped)

@@ -218,6 +218,22 @@ def counted(data: bytes, bits: int = 9) -> bytes:
     return bytes(image)
 
 
+@pytest.mark.parametrize("action", ["create", "resize"])
+async def test_a_refcount_table_that_has_moved_since_is_the_one_that_counts(
+    action: str, tmp_path: Path
+) -> None:
+    shape = Shape(cluster_size=512, size=2200 << 10, refcount_bits=64, bulk=1600 << 10, filled=False)
+    twin = await Twin.open(make(shape))
+    place = word(twin.file.data, 48)
+    await twin.write(0, b"x" * len(twin.live))
+    await writer_of(twin.image).flush()
+    assert word(twin.file.data, 48) != place
+    await (twin.create() if action == "create" else twin.resize(4 << 20))
+    await twin.assert_no_errors()
+    await scribble(twin, 14, 40)
+    await twin.close_before_qemu(tmp_path)
+
+
 # -- VM state
 
 
