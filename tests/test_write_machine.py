@@ -126,7 +126,7 @@ class Machine:
     st.lists(steps, min_size=1, max_size=30),
     st.sampled_from([32 << 20, 1]),
 )
-@settings(max_examples=500)
+@settings(max_examples=300)
 async def test_an_image_behaves_as_plain_bytes_do(shape: Shape, rules: list[Step], table_cache: int) -> None:
     machine = Machine(make(shape), OpenOptions(table_cache=table_cache))
     await machine.start()
