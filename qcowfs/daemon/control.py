@@ -29,7 +29,11 @@ log = logging.getLogger(__name__)
 
 
 class Control:
-    """Changes one mounted image, one change at a time."""
+    """Changes one mounted image, one change at a time.
+
+    What asks the kernel for its pages does so before or after its turn: the kernel may hold them while it
+    waits for the turn of `grow`.
+    """
 
     def __init__(self, image: Image, tree: Tree, mount_point: Path) -> None:
         """Keep `tree` and the kernel's view of `mount_point` in step with the image."""
@@ -42,8 +46,8 @@ class Control:
 
     async def create(self, name: bytes) -> DiskFile:
         """Take a snapshot of all that was written before, also through memory maps."""
+        await run_in_thread(sync_pages, self._disk_path)
         async with self._lock:
-            await run_in_thread(sync_pages, self._disk_path)
             file = self.tree.add_snapshot(await states.create_snapshot(self.image, name))
             await self._folder_changed()
         log.info("took the snapshot %s", quoted(name))
@@ -78,15 +82,15 @@ class Control:
                 )
             await states.revert(self.image, snapshot)
             await self._disk_changed()
-            await self._forget_pages()
+        await self._forget_pages()
         log.info("went back to the snapshot %s", quoted(snapshot.name))
 
     async def resize(self, size: int, *, shrink: bool) -> None:
         """Give the live disk another size."""
+        await run_in_thread(sync_pages, self._disk_path)
         async with self._lock:
-            await run_in_thread(sync_pages, self._disk_path)
             await self._resize(size, shrink=shrink)
-            await self._forget_pages()
+        await self._forget_pages()
 
     async def grow(self, size: int) -> None:
         """As `resize`, when the kernel itself asks: it holds the disk's lock and knows of the new size."""
