@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.e2e.tools import attempt, run
+from tests.luks_images import encrypt_by_luks
 
 PASSPHRASE = b"pass, phrase"
 
@@ -57,34 +57,21 @@ class Locked:
         assert run(*compare, f"driver=raw,file.filename={raw}").stdout == "Images are identical.\n"
 
 
-def locked(folder: Path, name: str, size: int, kind: str = "luks", **fields: object) -> Locked:
-    """A new encrypted image; `fields` are creation options, those of encryption with `encrypt_`."""
+def locked(
+    folder: Path, name: str, size: int, kind: str = "luks", *, volume: Mapping[str, object] | None = None,
+    **fields: object,
+) -> Locked:  # fmt: skip
+    """A new encrypted image; `fields` are creation options, `volume` has those of the LUKS area."""
     key = folder / f"{name}.key"
     key.write_bytes(PASSPHRASE + name.encode())
     made = Locked(folder / f"{name}.qcow2", key)
-    create(made, size, kind, **fields)
-    return made
-
-
-def create(made: Locked, size: int, kind: str, **fields: object) -> None:
-    """Make the image; again where QEMU finds its clock too coarse to choose LUKS's effort, or never ends."""
-    options: dict[str, object] = {"encrypt.format": kind, "encrypt.key-secret": "key0"}
+    secret = f"secret,id=key,file={key}"
+    options = fields if kind == "luks" else {"encrypt.format": kind, "encrypt.key-secret": "key", **fields}
+    words = ["-o", ",".join(f"{k}={v}" for k, v in options.items())] if options else []
+    run("qemu-img", "create", "-q", "-f", "qcow2", "--object", secret, *words, made.image, str(size))
     if kind == "luks":
-        options["encrypt.iter-time"] = 10
-    options |= {
-        name.replace("encrypt_", "encrypt.").replace("__", "-"): value for name, value in fields.items()
-    }
-    words = ",".join(f"{name}={value}" for name, value in options.items())
-    command = ("create", "-q", "-f", "qcow2", *made.secrets(), "-o", words, str(made.image), str(size))
-    for _ in range(30):
-        with suppress(subprocess.TimeoutExpired):
-            result = subprocess.run(
-                ("qemu-img", *command), capture_output=True, text=True, check=False, timeout=3
-            )
-            assert result.returncode == 0 or "accurate CPU usage" in result.stderr, result.stderr
-            if result.returncode == 0:
-                return
-    raise AssertionError("QEMU never made the image")
+        encrypt_by_luks(made.image, key.read_bytes(), secret, **(volume or {}))
+    return made
 
 
 def refused_by_qemu(made: Locked) -> bool:

@@ -19,25 +19,43 @@ SIZE = 3 * MIB + 5 * 512
 LEGACY = "legacy AES cannot tell a wrong passphrase; with one, everything is noise"
 
 
-def luks(cipher: str, mode: str, iv: str, hash_name: str = "sha256", **fields: object) -> dict[str, object]:
-    own = {"encrypt_cipher__alg": cipher, "encrypt_cipher__mode": mode, "encrypt_ivgen__alg": iv}
-    more = {"encrypt_ivgen__hash__alg": "sha256"} if iv == "essiv" else {}
-    return {"kind": "luks", "encrypt_hash__alg": hash_name, **own, **more, **fields}
+def luks(
+    cipher: str, mode: str, key_bits: int, hash_name: str = "sha256", **fields: object
+) -> dict[str, object]:
+    volume = {"cipher": cipher, "mode": mode, "key_bytes": key_bits // 8, "hash_name": hash_name}
+    return {"volume": volume, **fields}
 
 
-KINDS = {
-    "aes-128-xts": luks("aes-128", "xts", "plain64", "sha1"),
-    "aes-192-xts": luks("aes-192", "xts", "plain64", cluster_size=512),
-    "aes-256-xts": luks("aes-256", "xts", "plain64", "sha512", cluster_size="2M"),
-    "aes-128-cbc": luks("aes-128", "cbc", "plain64"),
-    "aes-256-cbc": luks("aes-256", "cbc", "plain64", compat="0.10"),
-    "aes-128-cbc-essiv": luks("aes-128", "cbc", "essiv"),
-    "aes-256-cbc-essiv": luks("aes-256", "cbc", "essiv", extended_l2="on", cluster_size="16k"),
-    "aes-256-xts-essiv": luks("aes-256", "xts", "essiv"),
-    "cast5-128-cbc": luks("cast5-128", "cbc", "plain64"),
+KINDS: dict[str, dict[str, object]] = {
+    "aes-128-xts": luks("aes", "xts-plain64", 256, "sha1"),
+    "aes-192-xts": luks("aes", "xts-plain64", 384, cluster_size=512),
+    "aes-256-xts": luks("aes", "xts-plain64", 512, "sha512", cluster_size="2M"),
+    "aes-128-cbc": luks("aes", "cbc-plain64", 128, "ripemd160"),
+    "aes-256-cbc": luks("aes", "cbc-plain64", 256, compat="0.10"),
+    "aes-256-cbc-plain": luks("aes", "cbc-plain", 256, "sha224"),
+    "aes-128-cbc-essiv": luks("aes", "cbc-essiv:sha256", 128, "sha384"),
+    "aes-256-cbc-essiv": luks("aes", "cbc-essiv:sha256", 256, extended_l2="on", cluster_size="16k"),
+    "aes-256-xts-essiv": luks("aes", "xts-essiv:sha256", 512),
+    "cast5-128-cbc": luks("cast5", "cbc-plain64", 128),
     "legacy": {"kind": "aes"},
     "legacy-512": {"kind": "aes", "cluster_size": 512},
 }
+
+
+@pytest.mark.parametrize(("kind", "options"), [("luks", []), ("aes", [LEGACY])])
+def test_an_image_that_qemu_encrypted_opens(
+    kind: str, options: list[str], encrypted_images: dict[str, Path], tmp_path: Path
+) -> None:
+    made = Locked(tmp_path / "image.qcow2", tmp_path / "key")
+    made.key.write_bytes(b"passphrase")
+    made.image.write_bytes(encrypted_images[kind].read_bytes())
+    twin = raw_file(tmp_path / "twin", MIB, kind)
+    made.fill(twin)
+    with mounted(made.image, "--key-file", made.key, writable=True) as mount:
+        write_to_both(mount.disk, twin, kind, 5)
+        assert_same(mount.disk, twin)
+        assert [text.partition(": ")[2] for text in mount.take_complaints()] == options
+    made.assert_sound_and_same(twin)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -64,8 +82,7 @@ def test_each_cipher_is_read_as_qemu_wrote_it_and_the_other_way_round(name: str,
 def test_each_image_of_a_chain_has_its_own_passphrase(kind: str, tmp_path: Path) -> None:
     base = locked(tmp_path, "base", SIZE, "luks")
     base.fill(raw_file(tmp_path / "content", SIZE, "base"))
-    fields = {"backing_file": base.image, "backing_fmt": "qcow2"}
-    made = locked(tmp_path, "top", SIZE, kind, **fields)
+    made = locked(tmp_path, "top", SIZE, kind, backing_file=base.image, backing_fmt="qcow2")
     made = Locked(made.image, made.key, base)
     made.io("write -q -P 7 100 70001", f"write -q -z {MIB} 200000")
     twin = made.as_raw(tmp_path / "twin")
