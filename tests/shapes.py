@@ -8,8 +8,7 @@ from __future__ import annotations
 import random
 import subprocess
 import tempfile
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
