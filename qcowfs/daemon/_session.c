@@ -15,6 +15,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <fuse_lowlevel.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <time.h>
 
@@ -23,6 +24,7 @@
 enum { MOST_IN_A_ROW = 64, MUCH = 1 << 18 };
 static const long LONGEST_WAIT_NS = 60000;  /* for the next request: about as long as waking up would take */
 static const long LONGEST_ROW_NS = 2000000; /* then the scheduler gets its turn */
+enum { LONGEST_SLEEP_MS = 2 };              /* in wait for a request, while nothing else waits for anything */
 
 typedef struct fuse_session *new_session(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, void *);
 typedef struct fuse_session *new_session_versioned(
@@ -290,14 +292,17 @@ int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buff
 /* Look for the next request while its sender is likely to send it; 0 or less if there is none. */
 static int receive_soon(struct fuse_session *session, struct fuse_buf *buffer) {
     long limit = under_way ? 0 : patience;
+    struct pollfd request = {.fd = fuse_session_fd(session), .events = POLLIN};
     long start = now();
     int got;
     Py_BEGIN_ALLOW_THREADS
     do
         got = real_receive()(session, buffer);
     while (got == -EAGAIN && now() - start < limit);
+    if (got == -EAGAIN && !under_way && poll(&request, 1, LONGEST_SLEEP_MS) > 0)
+        got = real_receive()(session, buffer);
     Py_END_ALLOW_THREADS
-    if (got > 0)
+    if (got > 0 && now() - start < LONGEST_WAIT_NS)
         patience = LONGEST_WAIT_NS;
     else
         patience /= 2;

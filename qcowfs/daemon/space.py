@@ -44,7 +44,20 @@ async def find_place(node: DiskFile, offset: int, whence: int) -> int:
     size = node.view.size
     if not 0 <= offset < size:
         raise pyfuse3.FUSEError(errno.ENXIO)
-    found = await node.view.find_next(offset, size, data=whence == os.SEEK_DATA)
-    if found is None and whence == os.SEEK_DATA:
+    data = whence == os.SEEK_DATA
+    found = await _find(node, offset, size, data=data)
+    if found == size and data:
         raise pyfuse3.FUSEError(errno.ENXIO)
-    return size if found is None else found
+    return found
+
+
+async def _find(node: DiskFile, offset: int, size: int, *, data: bool) -> int:
+    """Where data, or a hole, begins, `size` for nowhere; a long stretch is walked once for many questions."""
+    version = 0 if node.writer is None else node.writer.writes
+    known = node.stretches.get(data)
+    if known is not None and known[0] == version and offset in known[1]:
+        return known[1].stop
+    found = await node.view.find_next(offset, size, data=data)
+    end = size if found is None else found
+    node.stretches[data] = (version, range(offset, end))
+    return end

@@ -36,7 +36,8 @@ class DiskFile:
     """A raw disk; `allocated` is how many bytes took space when they were counted, None before.
 
     `writer` is there for the live disk of a writable mount; `written_ns` is when it was last written, if
-    that is not its time yet.
+    that is not its time yet. `stretches` are the hole and the data that were walked last, each with the
+    writer's number of changes at that time.
     """
 
     inode: int
@@ -46,6 +47,7 @@ class DiskFile:
     allocated: int | None = None
     writer: DiskWriter | None = None
     written_ns: int | None = None
+    stretches: dict[bool, tuple[int, range]] = field(default_factory=dict)
 
     async def count_allocated(self) -> None:
         """Count what takes space. Raises `QcowError` or `OSError` where the tables cannot be read."""
