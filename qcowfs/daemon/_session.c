@@ -16,6 +16,7 @@
 #include <fcntl.h>
 #include <fuse_lowlevel.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdbool.h>
 #include <time.h>
 
@@ -296,9 +297,8 @@ static int receive_soon(struct fuse_session *session, struct fuse_buf *buffer) {
     long start = now();
     int got;
     Py_BEGIN_ALLOW_THREADS
-    do
-        got = real_receive()(session, buffer);
-    while (got == -EAGAIN && now() - start < limit);
+    while ((got = real_receive()(session, buffer)) == -EAGAIN && now() - start < limit)
+        sched_yield(); /* the sender may need this very processor */
     if (got == -EAGAIN && !under_way && poll(&request, 1, LONGEST_SLEEP_MS) > 0)
         got = real_receive()(session, buffer);
     Py_END_ALLOW_THREADS
