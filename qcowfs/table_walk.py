@@ -121,8 +121,13 @@ class Walk:
             raise StopAsyncIteration
         size = self._geometry.cluster_size
         places = (self._l1[part] & _OFFSET).astype(np.int64)
-        if (places & (size - 1)).any() or int(places.max()) >= self._file.facts().size:
-            raise CorruptImage("an L1 entry names no cluster of the file; repair the image with check")
+        wrong = np.flatnonzero((places & (size - 1) != 0) | (places >= self._file.facts().size))
+        if len(wrong):
+            index, place = int(part[wrong[0]]), int(places[wrong[0]])
+            raise CorruptImage(
+                f"L1 entry {index} names an L2 table at {place:#x}, which is no cluster of the file; "
+                "repair the image with check"
+            )
         data = memoryview(bytearray(len(part) * size))
         pieces = [data[n * size : (n + 1) * size] for n in range(len(part))]
         await self._file.read_into(list(zip(places.tolist(), pieces, strict=True)))

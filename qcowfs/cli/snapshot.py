@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from qcowfs.cli.image_options import absolute
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qcowfs.image import Image
 
 ACTIONS = {
@@ -55,15 +57,33 @@ def run(args: argparse.Namespace) -> int:
     from qcowfs.daemon.orders import send
 
     mount_point = mount_of(args.target)
-    if mount_point is not None:
-        result = send(mount_point, _order(args))
+    if args.action == "list":
+        _print(_listed(args, mount_point), as_json=args.json)
+    elif mount_point is not None:
+        send(mount_point, _order(args))
     else:
         import trio
 
-        result = trio.run(_on_image if args.action != "list" else _list_image, args)
-    if args.action == "list":
-        _print(result, as_json=args.json)
+        trio.run(_on_image, args)
     return 0
+
+
+def _listed(args: argparse.Namespace, mount_point: Path | None) -> list[dict[str, Any]]:
+    """What the mount lists; a read-only one takes no orders, and its image tells as much."""
+    import trio
+
+    from qcowfs.daemon.mounts import image_of
+    from qcowfs.daemon.orders import send
+    from qcowfs.errors import ReadOnlyError
+
+    if mount_point is None:
+        return trio.run(_list_image, args)
+    try:
+        found: list[dict[str, Any]] = send(mount_point, _order(args))
+    except ReadOnlyError:
+        args.target = image_of(mount_point)
+        return trio.run(_list_image, args)
+    return found
 
 
 def _order(args: argparse.Namespace) -> dict[str, Any]:

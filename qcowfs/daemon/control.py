@@ -72,18 +72,25 @@ class Control:
         log.info("renamed the snapshot %s to %s", quoted(snapshot.name), quoted(new))
 
     async def revert(self, snapshot: Snapshot, *, force: bool) -> None:
-        """Set the live disk to a snapshot. Raises `ImageInUse` while somebody may write to the disk."""
+        """Set the live disk to a snapshot.
+
+        Raises `ImageInUse` while somebody may write to it or a loop device, with its own cache, sits on it.
+        """
         async with self._lock:
-            if self.open_for_writing and not force:
-                holders = ", ".join(await run_in_thread(writers_of, self._disk_path)) or "another program"
-                raise ImageInUse(
-                    f"{self.image.label}: disk.raw is open for writing by {holders}, whose next write would "
-                    "mix old and new; close it first, or use --force"
-                )
+            if not force:
+                await self._refuse_if_held()
             await states.revert(self.image, snapshot)
             await self._disk_changed()
         await self._forget_pages()
         log.info("went back to the snapshot %s", quoted(snapshot.name))
+
+    async def _refuse_if_held(self) -> None:
+        holders = await run_in_thread(writers_of, self._disk_path)
+        if self.open_for_writing or holders:
+            raise ImageInUse(
+                f"{self.image.label}: disk.raw is in use by {', '.join(holders) or 'another program'}, which "
+                "would mix old and new; close it first, or use --force"
+            )
 
     async def resize(self, size: int, *, shrink: bool) -> None:
         """Give the live disk another size."""

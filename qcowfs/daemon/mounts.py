@@ -23,10 +23,15 @@ def mount_of(target: Path) -> Path | None:
     return None
 
 
+def image_of(folder: Path) -> Path:
+    """The image that a mount shows. Raises `OSError` or `StopIteration` where the mount does not tell."""
+    lines = (folder / FACTS_FILE).read_bytes().splitlines()
+    named = next(line for line in lines if line.startswith(b"image=")).removeprefix(b"image=")
+    return Path(os.fsdecode(named))
+
+
 def _shows(folder: Path, image: Path) -> bool:
     try:
-        lines = (folder / FACTS_FILE).read_bytes().splitlines()
-        named = next(line for line in lines if line.startswith(b"image=")).removeprefix(b"image=")
-        return image.samefile(os.fsdecode(named))
+        return image.samefile(image_of(folder))
     except (OSError, StopIteration):
         return False

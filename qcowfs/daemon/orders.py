@@ -6,6 +6,7 @@ FUSE, so that commands may send orders.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -27,9 +28,15 @@ Order = dict[str, Any]
 def send(mount_point: Path, order: Order) -> Any:  # noqa: ANN401 - JSON values
     """Give an order to the mount there; what it answers.
 
-    Raises the error that the daemon ran into, of the same class, or `OSError`.
+    Raises the error that the daemon ran into, of the same class, or `OSError`; `ReadOnlyError` where the
+    mount obeys nobody.
     """
-    fd = os.open(mount_point / FACTS_FILE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fd = os.open(mount_point / FACTS_FILE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        raise errors.ReadOnlyError(f"{mount_point}: is mounted read-only") from None
     try:
         os.write(fd, json.dumps(order).encode())
         answer = json.loads(_read_all(fd))

@@ -244,12 +244,11 @@ def test_a_daemon_killed_while_snapshots_come_and_go_leaves_each_one_whole(tmp_p
         listed = [int(name) for name in names(image)]
         assert last in listed
         first = max(listed) + 1
-        with in_background(folder, *QCOWFS, "mount", image, folder) as daemon:
-            assert sorted(os.listdir(daemon.folder / "snapshots")) == sorted(f"{n}.raw" for n in listed)  # noqa: PTH208
-            for number in listed:
-                assert_whole(daemon.folder / "snapshots" / f"{number}.raw", number)
         for number in listed:
             assert_whole(as_raw(image, tmp_path / "raw", f"{number}"), number)
+    with in_background(folder, *QCOWFS, "mount", image, folder) as daemon:
+        for number in listed:
+            assert_whole(daemon.folder / "snapshots" / f"{number}.raw", number)
     qemu_img("check", "-q", "-r", "leaks", image)
     assert_sound(image)
     assert first > KILLS
