@@ -9,17 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qcowfs.codecs.compression import compressor
-from qcowfs.create import round_up_to_sectors
+from qcowfs.create import round_up_to_sectors, store_luks_area
 from qcowfs.creation import Creation
 from qcowfs.disks import Disk
 from qcowfs.errors import UsageError
+from qcowfs.geometry import sector_index
+from qcowfs.hostfile import OsHostFile
 from qcowfs.newfile import new_file
 from qcowfs.pieces import Piece, data_pieces
-from qcowfs.targets import CompressedTarget, ImageTarget, RawTarget, Target
+from qcowfs.targets import CompressedTarget, Encrypt, ImageTarget, RawTarget, Target
 from qcowfs.workers import Turns, Workers
 
 Report = Callable[[int, int], None]
@@ -32,7 +34,7 @@ class Copying:
     """How a disk is copied: into an image of the form `image` or, where that is None, into a raw file.
 
     With `compress` an image's clusters are compressed, at `level` if that is given. `threads` copy at a
-    time. `force` replaces a file that is there.
+    time. `force` replaces a file that is there. `passphrase` will open an encrypted image.
     """
 
     image: Creation | None = None
@@ -40,6 +42,7 @@ class Copying:
     level: int | None = None
     threads: int | None = None
     force: bool = False
+    passphrase: bytes | None = field(default=None, repr=False)
 
     def check(self) -> None:
         """Raise `UsageError` where these do not go together."""
@@ -90,13 +93,26 @@ async def _make_target(
     form = copying.image
     if form is None:
         return RawTarget(file, size)
+    encrypt = await _make_encrypt(file, form, copying.passphrase)
     if copying.compress:
-        return CompressedTarget(file, form, size, turns, compressor(form.compression_type, copying.level))
+        compress = compressor(form.compression_type, copying.level)
+        return CompressedTarget(file, form, size, turns, compress, encrypt)
     data = None
     if form.data_file is not None:
         named = new_file(Path(form.data_file), force=copying.force, sync=False)
         data = await stack.enter_async_context(named)
-    return ImageTarget(file, form, size, turns, data)
+    return ImageTarget(file, form, size, turns, data, encrypt)
+
+
+async def _make_encrypt(file: OsHostFile, form: Creation, passphrase: bytes | None) -> Encrypt | None:
+    """How clusters are encrypted, with a new LUKS area in the file, if the form asks for that."""
+    volume = await store_luks_area(file, form, passphrase)
+    if volume is None:
+        return None
+    from qcowfs.codecs.encryption import make_cipher
+
+    cipher = make_cipher(volume.header.cipher, volume.header.mode, volume.master_key)
+    return lambda host, data: cipher.encrypt(data, sector_index(host))
 
 
 def _copier(disk: Disk, target: Target, report: Report | None) -> Callable[[Piece], None]:

@@ -10,15 +10,20 @@ from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qcowfs.creation import Creation
-from qcowfs.format.entries import COPIED
+from qcowfs.errors import UsageError
+from qcowfs.format.entries import COPIED, ZERO
 from qcowfs.format.header import Header
 from qcowfs.format.words import TABLE_WORDS, Words
 from qcowfs.geometry import SECTOR_SIZE, TABLE_ENTRY_SIZE, Geometry, HostOffset
-from qcowfs.hostfile import OsHostFile
+from qcowfs.hostfile import OsHostFile, run_in_thread
 from qcowfs.layout import Layout
 from qcowfs.newfile import new_file
+
+if TYPE_CHECKING:
+    from qcowfs.codecs.luks_keys import LuksVolume
 
 Report = Callable[[int, int], None]
 """Called now and then with the bytes done and all bytes there are to do."""
@@ -33,19 +38,24 @@ def round_up_to_sectors(size: int) -> int:
 
 
 async def create_image(
-    path: Path, form: Creation, size: int, *, force: bool = False, report: Report | None = None
-) -> None:
+    path: Path, form: Creation, size: int, *, force: bool = False, report: Report | None = None,
+    passphrase: bytes | None = None,
+) -> None:  # fmt: skip
     """Make the image `path` with an empty disk of `size` bytes, rounded up to sectors.
 
-    It appears when it is whole. With `force` it replaces an image of that name; so does its data file.
+    It appears when it is whole. With `force` it replaces an image of that name; so does its data file. If the
+    form is encrypted, `passphrase` opens it.
     Raises `QcowError` with one line, or `OSError` as the host does.
     """
     size = round_up_to_sectors(size)
     header = form.header(size)
     tables, external = form.preallocation != "off", form.data_file is not None
-    layout = Layout.plan(form.geometry, size, tables=tables, data=tables and not external)
+    layout = Layout.plan(
+        form.geometry, size, tables=tables, data=tables and not external, luks_clusters=form.luks_clusters
+    )
     async with AsyncExitStack() as stack:
         file = await stack.enter_async_context(new_file(path, force=force))
+        await store_luks_area(file, form, passphrase)
         await _write_metadata(file, form, header, layout)
         await file.truncate(layout.end)
         if form.data_file is not None:
@@ -64,6 +74,20 @@ async def _write_metadata(file: OsHostFile, form: Creation, header: Header, layo
     if layout.l2_tables:
         for offset, data in _table_pieces(form, layout, header.size):
             await file.write_from([(offset, data)])
+
+
+async def store_luks_area(file: OsHostFile, form: Creation, passphrase: bytes | None) -> LuksVolume | None:
+    """Write a new LUKS area where the header names it, if the form has one.
+
+    Raises `UsageError` without a passphrase.
+    """
+    if form.encryption is None:
+        return None
+    if not passphrase:
+        raise UsageError("an encrypted image needs a passphrase that is not empty")
+    volume = await run_in_thread(form.encryption.make_volume, passphrase)
+    await file.write_from([(form.luks_offset, volume.area)])
+    return volume
 
 
 def place(header: Header, layout: Layout) -> Header:
@@ -110,10 +134,12 @@ def _table_pieces(form: Creation, layout: Layout, size: int) -> Iterator[tuple[H
     yield layout.l1_table, table_of(layout.l2_table, cluster, layout.l2_tables, COPIED)
     clusters = geometry.clusters_for(size)
     data = 0 if form.data_file is not None else layout.data
+    unwritten = form.encryption is not None and not geometry.extended_l2  # would decrypt to noise
+    flags = COPIED | ZERO if unwritten else COPIED
     at_once = _PIECE // TABLE_ENTRY_SIZE
     for first in range(0, clusters, at_once):
         count = min(at_once, clusters - first)
-        entries = table_of(data + first * cluster, cluster, count, COPIED)
+        entries = table_of(data + first * cluster, cluster, count, flags)
         if geometry.extended_l2:
             entries = _with_bitmaps(entries, _ALL_ALLOCATED if form.data_file_raw else 0)
         yield layout.l2_table + first * geometry.l2_entry_size, entries

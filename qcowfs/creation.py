@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from qcowfs.encrypting import PREFIX, Encryption
 from qcowfs.errors import UsageError
 from qcowfs.format import extensions as ext
 from qcowfs.format.extensions import Extension
@@ -19,12 +20,15 @@ from qcowfs.format.features import NAME_TABLE, Autoclear, Compatible, Incompatib
 from qcowfs.format.header import (
     COMPRESSION_DEFLATE,
     COMPRESSION_NAMES,
+    CRYPT_LUKS,
+    CRYPT_NONE,
     KNOWN_LENGTH,
     MAX_BACKING_FORMAT,
     MAX_BACKING_NAME,
     MAX_L1_BYTES,
     Header,
 )
+from qcowfs.format.luks import pack_pointer
 from qcowfs.geometry import (
     MAX_CLUSTER_BITS,
     MIN_CLUSTER_BITS,
@@ -32,6 +36,7 @@ from qcowfs.geometry import (
     SECTOR_SIZE,
     TABLE_ENTRY_SIZE,
     Geometry,
+    HostOffset,
 )
 
 VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
@@ -73,6 +78,7 @@ class Creation:
     backing_file: str | None = None
     backing_format: str | None = None
     size: int | None = None
+    encryption: Encryption | None = None
     geometry: Geometry = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,13 +91,19 @@ class Creation:
         object.__setattr__(self, "geometry", Geometry(bits, self.extended_l2, order))
         self._check_version()
         self._check_combinations()
+        self._check_encryption()
         self._check_backing()
 
     @classmethod
     def from_words(cls, words: Mapping[str, str]) -> Creation:
         """The form that options such as `{"cluster_size": "4k"}` ask for, under qemu-img's names."""
-        values = {}
+        values: dict[str, object] = {}
+        encrypting = {name: text for name, text in words.items() if name.startswith(PREFIX)}
+        if encrypting:
+            values["encryption"] = Encryption.from_words(encrypting)
         for name, text in words.items():
+            if name in encrypting:
+                continue
             if name not in _OPTIONS:
                 raise UsageError(f"{name!r} is no creation option; there are: {', '.join(_OPTIONS)}")
             own_name, parse = _OPTIONS[name]
@@ -127,6 +139,27 @@ class Creation:
                 f"preallocation={self.preallocation}: would hide the backing file; needs extended_l2=on"
             )
 
+    def _check_encryption(self) -> None:
+        if self.encryption is None:
+            return
+        if self.data_file_raw:
+            raise UsageError("data_file_raw=on: an encrypted data file cannot be read as a raw disk")
+        if self.version < 3 and self.preallocation != "off":
+            raise UsageError(
+                f"preallocation={self.preallocation}: with encryption needs compat=v3, for what nobody wrote "
+                "would read as noise"
+            )
+
+    @property
+    def luks_clusters(self) -> int:
+        """Clusters behind the header's that the LUKS area takes."""
+        return 0 if self.encryption is None else self.geometry.clusters_for(self.encryption.length)
+
+    @property
+    def luks_offset(self) -> HostOffset:
+        """Where the LUKS area lies, if there is one: right behind the header's cluster."""
+        return self.cluster_size
+
     def _check_backing(self) -> None:
         if self.backing_file is None:
             if self.backing_format is not None:
@@ -155,7 +188,7 @@ class Creation:
             version=self.version,
             cluster_bits=self.geometry.cluster_bits,
             size=size,
-            crypt_method=0,
+            crypt_method=CRYPT_NONE if self.encryption is None else CRYPT_LUKS,
             l1_size=self.geometry.l1_entries_for(size),
             l1_table_offset=0,
             refcount_table_offset=0,
@@ -191,6 +224,9 @@ class Creation:
             found.append(Extension(ext.BACKING_FORMAT, self.backing_format.encode()))
         if self.data_file is not None:
             found.append(Extension(ext.DATA_FILE_NAME, os.fsencode(self.data_file)))
+        if self.encryption is not None:
+            pointer = pack_pointer(self.luks_offset, self.encryption.length)
+            found.append(Extension(ext.ENCRYPTION_HEADER, pointer))
         if self.version >= 3:
             found.append(Extension(ext.FEATURE_NAMES, NAME_TABLE))
         return tuple(found)

@@ -88,9 +88,11 @@ async def _probe(path: Path, options: OpenOptions) -> str:
 
 
 @asynccontextmanager
-async def open_backing_of(image: Path, name: str, form: str) -> AsyncIterator[Disk]:
+async def open_backing_of(
+    image: Path, name: str, form: str, options: OpenOptions | None = None
+) -> AsyncIterator[Disk]:
     """Open what an image at `image` would have as backing file; raises `BackingFileError` if refused."""
-    options = OpenOptions()
+    options = options or OpenOptions()
     reference = BackingReference(shown(image), image, name.encode("utf-8", "surrogateescape"), form)
     path = reference.locate(options.backing)
     reference.open(path, options.open_host).close()

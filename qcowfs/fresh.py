@@ -1,7 +1,8 @@
 """A new image that is written in one pass: clusters get their places in the order in which they come.
 
 Owns where everything goes and the tables that say so. Must not know files or where the content comes from.
-Data and L2 tables follow the header as they come; L1 table and refcounts come last, when all is known.
+Data and L2 tables follow the header and the LUKS area as they come; L1 table and refcounts come last, when
+all is known.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class FreshImage:
         self._words = self.geometry.l2_entry_size // TABLE_ENTRY_SIZE
         self._l1 = array("Q", [0]) * self.geometry.l1_entries_for(size)
         self._table: tuple[int, array[int]] | None = None
-        self._counts = array("H", [1])  # of every cluster up to the end; the first is the header's
+        # of every cluster up to the end; the first are the header's and the LUKS area's
+        self._counts = array("H", [1]) * (1 + form.luks_clusters)
         self._most = min(Words(1 << self.geometry.refcount_order).maximum, _MOST_COUNTED)
         self._open: tuple[HostOffset, HostOffset] = (0, 0)
         self._writes: list[Write] = []

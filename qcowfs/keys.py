@@ -39,9 +39,10 @@ class Keys:
         self._default = default
         self._credentials = credentials
         self._ask = ask
+        self._known: dict[Path, bytes | None] = {}
 
-    def get(self, image: str, label: str, kind: str) -> bytes:
-        """The passphrase of the image whose file is `image`.
+    def get(self, image: str, label: str, kind: str, ask: Ask | None = None) -> bytes:
+        """The passphrase of the image whose file is `image`; `ask` is instead of the usual one.
 
         Raises `UsageError` that says how to give one, in the name of `label`; `kind` is its encryption.
         """
@@ -52,14 +53,21 @@ class Keys:
         if self._default is not None:
             return self._default
         found = self._credential(path)
-        if found is None and self._ask is not None:
-            found = self._ask(label)
+        if found is None:
+            found = self._typed(path, label, ask or self._ask)
         if found is None:
             raise UsageError(
                 f"{label}: is encrypted ({kind}); give its passphrase by --key-file FILE, by --key-fd N, or "
                 f"as the systemd credential {CREDENTIAL}"
             )
         return found
+
+    def _typed(self, path: Path, label: str, ask: Ask | None) -> bytes | None:
+        """What somebody types for the image; nobody is asked twice for one image."""
+        place = path.resolve()
+        if place not in self._known and ask is not None:
+            self._known[place] = ask(label)
+        return self._known.get(place)
 
     def _credential(self, path: Path) -> bytes | None:
         if self._credentials is None:

@@ -1,7 +1,8 @@
 """Where the clusters of a new image lie when it is laid out in one piece.
 
 Owns the order of its parts and how many refcount blocks count them all. Must not know files or what the
-tables hold. The order is header, refcount table, refcount blocks, L1 table, L2 tables, guest clusters.
+tables hold. The order is header, LUKS area, refcount table, refcount blocks, L1 table, L2 tables, guest
+clusters.
 """
 
 from __future__ import annotations
@@ -46,28 +47,31 @@ def plan_refcounts(geometry: Geometry, clusters: int) -> RefcountPlan:
 
 @dataclass(frozen=True)
 class Layout:
-    """The parts of a new image: clusters of the L1 table, L2 tables and guest clusters that it holds."""
+    """The parts of a new image: clusters of LUKS area, L1 table, L2 tables and guest clusters."""
 
     geometry: Geometry
+    luks_clusters: int
     l1_clusters: int
     l2_tables: int
     data_clusters: int
     refcounts: RefcountPlan
 
     @classmethod
-    def plan(cls, geometry: Geometry, size: int, *, tables: bool, data: bool) -> Layout:
+    def plan(
+        cls, geometry: Geometry, size: int, *, tables: bool, data: bool, luks_clusters: int = 0
+    ) -> Layout:
         """For a disk of `size` bytes with all its L2 tables or none, all its guest clusters or none."""
         entries = geometry.l1_entries_for(size)
         l1_clusters = geometry.clusters_for(entries * TABLE_ENTRY_SIZE)
         l2_tables = entries if tables else 0
         data_clusters = geometry.clusters_for(size) if data else 0
-        refcounts = plan_refcounts(geometry, 1 + l1_clusters + l2_tables + data_clusters)
-        return cls(geometry, l1_clusters, l2_tables, data_clusters, refcounts)
+        refcounts = plan_refcounts(geometry, 1 + luks_clusters + l1_clusters + l2_tables + data_clusters)
+        return cls(geometry, luks_clusters, l1_clusters, l2_tables, data_clusters, refcounts)
 
     @property
     def refcount_table(self) -> HostOffset:
         """Where the refcount table starts."""
-        return self.geometry.cluster_size
+        return (1 + self.luks_clusters) * self.geometry.cluster_size
 
     @property
     def refcount_blocks(self) -> HostOffset:

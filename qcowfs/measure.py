@@ -42,7 +42,7 @@ def measure_raw(size: int) -> Measure:
 def measure_empty(form: Creation, size: int) -> Measure:
     """A new image of that form whose disk has `size` bytes; raises `UsageError` if it cannot have."""
     form.check_size(size)
-    full = Layout.plan(form.geometry, size, tables=True, data=True).end
+    full = Layout.plan(form.geometry, size, tables=True, data=True, luks_clusters=form.luks_clusters).end
     data = form.geometry.cluster_round_up(size)
     return Measure(full if form.preallocation in ("falloc", "full") else full - data, full)
 

@@ -1,7 +1,7 @@
 """What a disk is copied into: a raw file, or a new image, compressed or not.
 
 Owns what becomes of a piece: which of its units are written, where, and in which order. Must not know where
-pieces come from.
+pieces come from, nor keys.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ SPARSE_UNIT = 4096
 _CLONE_ALIGNMENT = 4096
 
 Reading = Callable[[Piece, memoryview], None]
+Encrypt = Callable[[HostOffset, memoryview], memoryview]
+"""Whole clusters as they lie encrypted at a host offset."""
 
 
 class Run(NamedTuple):
@@ -60,9 +62,9 @@ def _runs(piece: Piece, buffer: memoryview, unit: int) -> list[Run]:
 class _Cloner:
     """Lets the target share blocks with the source where the host can; asks no more after a refusal."""
 
-    def __init__(self, file: OsHostFile) -> None:
+    def __init__(self, file: OsHostFile, *, works: bool = True) -> None:
         self._file = file
-        self._works = True
+        self._works = works
 
     def clone(self, source: OsHostFile | None, start: HostOffset, length: int, place: HostOffset) -> bool:
         """Whether the range is there now. For worker threads."""
@@ -100,8 +102,9 @@ class ImageTarget:
     """A new qcow2 image; clusters of zeros are left out, or only kept a place for."""
 
     def __init__(
-        self, file: OsHostFile, form: Creation, size: int, turns: Turns, data_file: OsHostFile | None = None
-    ) -> None:
+        self, file: OsHostFile, form: Creation, size: int, turns: Turns, data_file: OsHostFile | None = None,
+        encrypt: Encrypt | None = None,
+    ) -> None:  # fmt: skip
         """A new file, and one for the data if the form has one, for a disk of `size` bytes."""
         self.unit = form.cluster_size
         self._file = file
@@ -109,7 +112,8 @@ class ImageTarget:
         self._size = size
         self._image = FreshImage(form, size)
         self._preallocation = form.preallocation
-        self._cloner = _Cloner(self._data_file)
+        self._cloner = _Cloner(self._data_file, works=encrypt is None)
+        self._encrypt = encrypt
         self._turns = turns
 
     def take(self, piece: Piece, buffer: memoryview, read: Reading) -> None:
@@ -120,7 +124,7 @@ class ImageTarget:
         with self._turns.turn(piece.number):
             places = [(self._image.place_data(run.guest, len(run.data)), run) for run in placed]
             tables = self._image.take_writes()
-        if self._preallocation in ("metadata", "falloc"):
+        if self._preallocation in ("metadata", "falloc") and self._encrypt is None:
             places = _within(places, written)
         rest = [
             (host, run.data)
@@ -128,7 +132,7 @@ class ImageTarget:
             if run.guest + len(run.data) > self._size
             or not self._cloner.clone(run.file, run.host, len(run.data), host)
         ]
-        write_together(self._data_file, rest)
+        write_together(self._data_file, _encrypted(rest, self._encrypt))
         write_together(self._file, tables)
 
     async def finish(self) -> None:
@@ -140,6 +144,12 @@ class ImageTarget:
         if self._preallocation == "falloc" and self._size:
             whole = self._image.end if self._data_file is self._file else self._size
             await self._data_file.allocate(0, whole)
+
+
+def _encrypted(
+    writes: list[tuple[HostOffset, memoryview]], encrypt: Encrypt | None
+) -> list[tuple[HostOffset, memoryview]]:
+    return writes if encrypt is None else [(host, encrypt(host, data)) for host, data in writes]
 
 
 def _whole(piece: Piece, buffer: memoryview) -> list[Run]:
@@ -168,13 +178,15 @@ class CompressedTarget:
     """A new qcow2 image with compressed clusters; those that do not shrink are stored as they are."""
 
     def __init__(
-        self, file: OsHostFile, form: Creation, size: int, turns: Turns, compress: Compressor
-    ) -> None:
+        self, file: OsHostFile, form: Creation, size: int, turns: Turns, compress: Compressor,
+        encrypt: Encrypt | None = None,
+    ) -> None:  # fmt: skip
         """A new file for a disk of `size` bytes."""
         self.unit = form.cluster_size
         self._file = file
         self._image = FreshImage(form, size)
         self._compress = compress
+        self._encrypt = encrypt
         self._turns = turns
 
     def take(self, piece: Piece, buffer: memoryview, read: Reading) -> None:
@@ -182,9 +194,15 @@ class CompressedTarget:
         read(piece, buffer)
         clusters = self._pack(piece, buffer)
         with self._turns.turn(piece.number):
-            writes = [self._place(guest, data) for guest, data in clusters]
-            writes += self._image.take_writes()
-        write_together(self._file, writes)
+            placed = [(self._place(guest, data), data) for guest, data in clusters]
+            tables = self._image.take_writes()
+        write_together(self._file, [*(self._sealed(*place) for place in placed), *tables])
+
+    def _sealed(self, host: HostOffset, data: bytes | memoryview) -> tuple[HostOffset, bytes | memoryview]:
+        """What is written for a cluster; compressed ones are never encrypted."""
+        if self._encrypt is None or len(data) < self.unit:
+            return host, data
+        return host, self._encrypt(host, memoryview(data))
 
     def _pack(self, piece: Piece, buffer: memoryview) -> list[tuple[int, bytes | memoryview]]:
         """Each cluster that holds data, compressed where that makes it smaller."""
@@ -196,10 +214,10 @@ class CompressedTarget:
                 packed.append((run.guest + start, smaller if len(smaller) < self.unit else cluster))
         return packed
 
-    def _place(self, guest: int, data: bytes | memoryview) -> tuple[HostOffset, bytes | memoryview]:
+    def _place(self, guest: int, data: bytes | memoryview) -> HostOffset:
         if len(data) < self.unit:
-            return self._image.place_compressed(guest, len(data)), data
-        return self._image.place_data(guest, self.unit), data
+            return self._image.place_compressed(guest, len(data))
+        return self._image.place_data(guest, self.unit)
 
     async def finish(self) -> None:
         """Write the tables that cover everything."""

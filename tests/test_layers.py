@@ -21,7 +21,7 @@ LAYERS = {
     "gate": 0, "granules": 0,
     "format": 10, "codecs": 11,
     "syscalls": 18, "write_behind": 19,
-    "creation": 15, "layout": 15,
+    "encrypting": 14, "creation": 15, "layout": 15,
     "zeros": 1,
     "hostfile": 20, "locks": 20,
     "newfile": 25,

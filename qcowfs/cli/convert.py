@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qcowfs.cli import creation_options, progress, source_options
+from qcowfs.cli import creation_options, key_options, progress, source_options
 from qcowfs.errors import UsageError
 
 _SUFFIXES = {".qcow2": "qcow2", ".qcow": "qcow2"}
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", "-m", type=int, metavar="N", help="how many work; one a processor")
     parser.add_argument("--force", action="store_true", help="replace a file that has the name")
     creation_options.add_fields(parser)
+    creation_options.add_encryption(parser)
     progress.add_arguments(parser)
     source_options.add_arguments(parser)
 
@@ -55,16 +56,20 @@ async def _convert(args: argparse.Namespace) -> None:
 
     target = Path(args.target)
     form = args.target_format or _SUFFIXES.get(target.suffix, "raw")
-    if form == "raw" and args.fields:
-        raise UsageError("-o: raw files have no options; add -O qcow2")
+    asked = creation_options.encryption_words(args)
+    if form == "raw" and (args.fields or asked):
+        raise UsageError(f"{'-o' if args.fields else '--encrypt'}: raw files have no options; add -O qcow2")
+    image = creation_options.from_fields(args.fields, **asked) if form == "qcow2" else None
+    options = source_options.open_options(args)
+    encrypted = image is not None and image.encryption is not None
     copying = Copying(
-        image=creation_options.from_fields(args.fields) if form == "qcow2" else None,
+        image=image,
         compress=args.compress,
         level=args.level,
         threads=args.threads,
         force=args.force,
+        passphrase=key_options.new_passphrase(options.keys, args.target) if encrypted else None,
     )
-    options = source_options.open_options(args)
     async with open_disk(Path(args.source), args.format, options, args.snapshot) as disk:
         with progress.shown(args.progress, "copying") as report:
             await convert(disk, target, copying, report)

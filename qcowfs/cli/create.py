@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcowfs.cli import creation_options, progress
+from qcowfs.cli import creation_options, key_options, progress
 from qcowfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "size", nargs="?", metavar="SIZE", help="of the disk, such as 20G; that of the backing file"
     )
     creation_options.add_arguments(parser)
+    creation_options.add_encryption(parser)
+    key_options.add_arguments(parser.add_argument_group("passphrases, of the image and its backing file"))
     progress.add_arguments(parser)
     parser.add_argument(
         "--unsafe", "-u", action="store_true", help="do not look whether the backing file can be opened"
@@ -60,15 +62,21 @@ async def _create(path: Path, form: Creation, size: int | None, args: argparse.N
 
     from qcowfs.create import create_image, round_up_to_sectors
     from qcowfs.disks import open_backing_of
+    from qcowfs.image import OpenOptions
+
+    keys = key_options.make_keys(args)
 
     async with AsyncExitStack() as stack:
         if form.backing_file is not None and not args.unsafe:
             name, kind = form.backing_file, form.backing_format or ""
-            backing = await stack.enter_async_context(open_backing_of(path, name, kind))
+            backing = await stack.enter_async_context(
+                open_backing_of(path, name, kind, OpenOptions(keys=keys))
+            )
             size = backing.size if size is None else size
         if size is None:
             raise UsageError("which size shall the disk have? Give one, such as 20G")
         size = round_up_to_sectors(size)
+        passphrase = None if form.encryption is None else key_options.new_passphrase(keys, args.image)
         with progress.shown(args.progress, "writing zeros") as report:
-            await create_image(path, form, size, force=args.force, report=report)
+            await create_image(path, form, size, force=args.force, report=report, passphrase=passphrase)
     return size

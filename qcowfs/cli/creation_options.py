@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 HELP = (
     "creation options as qemu-img knows them: compat=v2|v3, cluster_size, refcount_bits, lazy_refcounts, "
     "extended_l2, compression_type=zlib|zstd, preallocation=off|metadata|falloc|full, data_file, "
-    "data_file_raw, backing_file, backing_fmt, size; a comma within a value is written twice"
+    "data_file_raw, backing_file, backing_fmt, size, encrypt.format=luks, encrypt.iter-time, "
+    "encrypt.cipher-alg, encrypt.cipher-mode, encrypt.ivgen-alg, encrypt.ivgen-hash-alg, encrypt.hash-alg; "
+    "a comma within a value is written twice"
 )
 
 
@@ -34,10 +36,39 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     )
 
 
+ENCRYPTION = {
+    "--iter-time": ("MS", "how long opening it by the passphrase takes, in milliseconds (default 2000)"),
+    "--cipher-alg": ("NAME", "aes-128, aes-192, aes-256 (the default) or cast5-128"),
+    "--cipher-mode": ("NAME", "xts (the default) or cbc"),
+    "--ivgen-alg": ("NAME", "plain, plain64 (the default) or essiv"),
+    "--ivgen-hash-alg": ("NAME", "of essiv: md5 or sha256 (the default)"),
+    "--hash-alg": (
+        "NAME",
+        "of key derivation: sha1, sha224, sha256 (the default), sha384, sha512, ripemd160",
+    ),
+}
+
+
+def add_encryption(parser: argparse.ArgumentParser) -> None:
+    """Add how the new image shall be encrypted."""
+    group = parser.add_argument_group("encrypting the image")
+    group.add_argument("--encrypt", choices=("luks",), help="encrypt the disk; asks for a new passphrase")
+    for option, (metavar, text) in ENCRYPTION.items():
+        group.add_argument(option, metavar=metavar, help=text)
+
+
+def encryption_words(args: argparse.Namespace) -> dict[str, str]:
+    """What those options ask for, under qemu-img's names."""
+    values = {option[2:]: getattr(args, option[2:].replace("-", "_")) for option in ENCRYPTION}
+    words = {"format": args.encrypt, **values}
+    return {f"encrypt.{name}": text for name, text in words.items() if text is not None}
+
+
 def creation(args: argparse.Namespace) -> Creation:
     """The form that all the options ask for; raises `UsageError`."""
     given = {"backing_file": args.backing, "backing_fmt": args.backing_format}
-    return from_fields(args.fields, **{name: text for name, text in given.items() if text is not None})
+    asked = {name: text for name, text in given.items() if text is not None}
+    return from_fields(args.fields, **asked, **encryption_words(args))
 
 
 def from_fields(fields: list[str], **given: str) -> Creation:

@@ -60,11 +60,9 @@ def _new_passphrase(args: argparse.Namespace) -> bytes:
 
     if args.new_key_file is not None:
         return read_key(args.new_key_file)
-    typed = key_options.ask("the new key slot")
+    typed = key_options.ask_twice("the new key slot")
     if typed is None:
         raise UsageError("give the passphrase to add by --new-key-file FILE")
-    if typed != key_options.ask("the new key slot, once more"):
-        raise UsageError("the two passphrases differ; nothing is changed")
     return typed
 
 

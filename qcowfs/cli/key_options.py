@@ -69,6 +69,19 @@ def _read_descriptor(number: int) -> bytes:
         raise UsageError(f"--key-fd: {source}: {error.strerror}") from None
 
 
+def new_passphrase(keys: Keys, image: str) -> bytes:
+    """The passphrase for an image that is to be made; at the terminal it is typed twice."""
+    return keys.get(image, image, "LUKS", ask_twice)
+
+
+def ask_twice(label: str) -> bytes | None:
+    """A new passphrase from the terminal, None without one; raises `UsageError` if the two differ."""
+    typed = ask(label)
+    if typed is not None and typed != ask(f"{label}, once more"):
+        raise UsageError("the two passphrases differ; nothing is changed")
+    return typed
+
+
 def ask(label: str) -> bytes | None:
     """The passphrase that somebody types at the terminal without seeing it; None without a terminal."""
     try:
