@@ -9,12 +9,23 @@ from __future__ import annotations
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["DiskExtent", "DiskFile", "Image", "OpenOptions", "QcowError", "Snapshot", "__version__", "open"]
+__all__ = [
+    "DiskExtent",
+    "DiskFile",
+    "Image",
+    "Keys",
+    "OpenOptions",
+    "QcowError",
+    "Snapshot",
+    "__version__",
+    "open",
+]
 _HOMES = {
     "open": "library",
     "DiskFile": "library",
     "DiskExtent": "extents",
     "Image": "image",
+    "Keys": "keys",
     "OpenOptions": "image",
     "QcowError": "errors",
     "Snapshot": "format.snapshot_table",

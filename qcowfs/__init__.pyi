@@ -3,8 +3,19 @@ from qcowfs.extents import DiskExtent as DiskExtent
 from qcowfs.format.snapshot_table import Snapshot as Snapshot
 from qcowfs.image import Image as Image
 from qcowfs.image import OpenOptions as OpenOptions
+from qcowfs.keys import Keys as Keys
 from qcowfs.library import DiskFile as DiskFile
 from qcowfs.library import open as open  # noqa: A004 - called as `qcowfs.open`
 
 __version__: str
-__all__ = ["DiskExtent", "DiskFile", "Image", "OpenOptions", "QcowError", "Snapshot", "__version__", "open"]
+__all__ = [
+    "DiskExtent",
+    "DiskFile",
+    "Image",
+    "Keys",
+    "OpenOptions",
+    "QcowError",
+    "Snapshot",
+    "__version__",
+    "open",
+]

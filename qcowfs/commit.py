@@ -17,6 +17,7 @@ from qcowfs.check.recount import Recount, leaked_ranges
 from qcowfs.errors import UsageError
 from qcowfs.hostfile import HostFile
 from qcowfs.image import Image, OpenOptions
+from qcowfs.keys import Keys
 from qcowfs.lower import Target, extents, open_target, pieces, read
 from qcowfs.mapping import UNALLOCATED, ZERO_KIND
 from qcowfs.text import printable
@@ -24,21 +25,23 @@ from qcowfs.text import printable
 _L1_PIECE = 1 << 20
 
 
-async def commit(path: Path, policy: BackingPolicy, *, keep: bool = False) -> int:
+async def commit(path: Path, policy: BackingPolicy, *, keep: bool = False, keys: Keys | None = None) -> int:
     """Write what the overlay at `path` holds to its backing file, then empty it unless `keep`.
 
-    Returns the bytes that were written. Raises `UsageError` where there is no backing file or it is too
-    small, `ImageInUse` where somebody has either file open, `CorruptImage` for damage.
+    Returns the bytes that were written. `keys` are those of encrypted images. Raises `UsageError` where there
+    is no backing file or it is too small, `ImageInUse` where somebody has either file open, `BadPassphrase`
+    before anything is written, `CorruptImage` for damage.
     """
+    keys = keys or Keys()
     with opened(path, writable=True) as file:
         header = (await inspect_sound(file)).subject.header
         label = printable(os.fsencode(path))
         if header.backing_name is None:
             raise UsageError(f"{label}: has no backing file to commit to")
         reference = BackingReference(label, path, header.backing_name, header.backing_format)
-        image = await Image.open(path, OpenOptions(backing=policy, force_share=True))
+        image = await Image.open(path, OpenOptions(backing=policy, force_share=True, keys=keys))
         try:
-            target = await open_target(reference, policy)
+            target = await open_target(reference, policy, keys)
             try:
                 written = await _copy(image, target)
                 await target.finish()

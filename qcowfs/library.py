@@ -9,7 +9,7 @@ import errno
 import io
 import os
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from qcowfs.extents import DiskExtent, disk_extents
 from qcowfs.format.snapshot_table import Snapshot
 from qcowfs.image import Image, OpenOptions, shown
 from qcowfs.info import read_info
+from qcowfs.keys import Keys
 from qcowfs.views import ImageView
 
 if TYPE_CHECKING:
@@ -41,12 +42,16 @@ def open(  # noqa: A001 - called as `qcowfs.open`, as `gzip.open` is
     *,
     format: str | None = "qcow2",  # noqa: A002 - what everyone calls it
     options: OpenOptions | None = None,
+    key: bytes | None = None,
+    keys: Mapping[str, bytes] | None = None,
 ) -> DiskFile:
     """Open a disk as a binary file of fixed size.
 
     `snapshot` is the id or name of an internal snapshot, which is read-only. `mode` is "r" or "r+"; the
     latter takes a writer's lock, so nobody else may have the image open. `format` may be "raw", or None to
-    go by the first bytes. `options` says what else may be opened and how much memory is used.
+    go by the first bytes. `options` says what else may be opened and how much memory is used. `key` is the
+    passphrase of encrypted images, `keys` has those of single images by path or file name; without either,
+    those of `options` count.
 
     Raises `QcowError` with one line that names the image and what is wrong, or `OSError` as the host does.
     """
@@ -56,6 +61,8 @@ def open(  # noqa: A001 - called as `qcowfs.open`, as `gzip.open` is
     if writable and snapshot is not None:
         raise UsageError(f"snapshot {snapshot!r}: snapshots are read-only; leave the mode at 'r'")
     options = replace(options or OpenOptions(), writable=writable)
+    if key is not None or keys is not None:
+        options = replace(options, keys=Keys(keys, key))
     engine = Engine(lambda: _opened(Path(path), format, options, snapshot))
     return DiskFile(engine, Path(path), writable=writable)
 

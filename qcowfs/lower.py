@@ -20,6 +20,7 @@ from qcowfs.errors import UsageError
 from qcowfs.geometry import GuestOffset
 from qcowfs.hostfile import HostFile, OsHostFile
 from qcowfs.image import Image, OpenOptions
+from qcowfs.keys import Keys
 from qcowfs.mapping import UNALLOCATED, ZERO_KIND, Extent
 from qcowfs.states import resize
 
@@ -60,17 +61,18 @@ async def open_reader(reference: BackingReference, options: OpenOptions) -> Imag
     """What the reference names, for reading; raises as opening an image does."""
     path = reference.locate(options.backing)
     if reference.format == "qcow2":
-        return await Image.open(path, OpenOptions(backing=options.backing, open_host=options.open_host))
+        backing, keys = options.backing, options.keys
+        return await Image.open(path, OpenOptions(backing=backing, open_host=options.open_host, keys=keys))
     file = reference.open(path, options.open_host)
     _lock(file, locks.READER)
     return RawBacking(file, str(path))
 
 
-async def open_target(reference: BackingReference, policy: BackingPolicy) -> Target:
+async def open_target(reference: BackingReference, policy: BackingPolicy, keys: Keys) -> Target:
     """What the reference names, for writing; raises as opening an image does."""
     path = reference.locate(policy)
     if reference.format == "qcow2":
-        image = await Image.open(path, OpenOptions(backing=policy, writable=True))
+        image = await Image.open(path, OpenOptions(backing=policy, writable=True, keys=keys))
         return ImageTarget(image)
     file = reference.open(path, open_for_writing)
     _lock(file, locks.WRITER)

@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qcowfs.cli import key_options
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("image", type=Path, metavar="IMAGE", help="the overlay")
     parser.add_argument("--keep", "-d", action="store_true", help="do not empty the overlay afterwards")
+    key_options.add_group(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from qcowfs.backing import BackingPolicy
     from qcowfs.commit import commit
 
-    written = trio.run(partial(commit, args.image, BackingPolicy(), keep=args.keep))
+    keys = key_options.make_keys(args)
+    written = trio.run(partial(commit, args.image, BackingPolicy(), keep=args.keep, keys=keys))
     print(f"{written} bytes were committed")
     return 0

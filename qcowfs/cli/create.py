@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     creation_options.add_arguments(parser)
     creation_options.add_encryption(parser)
-    key_options.add_arguments(parser.add_argument_group("passphrases, of the image and its backing file"))
+    key_options.add_group(parser)
     progress.add_arguments(parser)
     parser.add_argument(
         "--unsafe", "-u", action="store_true", help="do not look whether the backing file can be opened"

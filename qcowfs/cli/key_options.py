@@ -31,6 +31,11 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
+def add_group(parser: argparse.ArgumentParser) -> None:
+    """Add the options in a group of their own."""
+    add_arguments(parser.add_argument_group("passphrases of encrypted images"))
+
+
 def make_keys(args: argparse.Namespace) -> Keys:
     """The passphrases that the options give, and where to look for others.
 

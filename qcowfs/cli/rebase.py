@@ -9,6 +9,8 @@ import argparse
 import os
 from pathlib import Path
 
+from qcowfs.cli import key_options
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
@@ -22,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unsafe", "-u", action="store_true",
         help="only change the name: right if the new file has the same content, as after moving it",
     )  # fmt: skip
+    key_options.add_group(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     if args.unsafe:
         trio.run(rebase_unsafely, args.image, new)
         return 0
-    copied = trio.run(rebase, args.image, new, OpenOptions(writable=True))
+    options = OpenOptions(writable=True, keys=key_options.make_keys(args))
+    copied = trio.run(rebase, args.image, new, options)
     print(f"{copied} bytes came from the old backing file")
     return 0

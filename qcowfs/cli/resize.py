@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from qcowfs.cli import key_options
 from qcowfs.cli.image_options import absolute, size
 
 
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shrink", action="store_true", help="permit a smaller size; what lies beyond is lost"
     )
+    key_options.add_group(parser)
 
 
 def _change_of_size(text: str) -> tuple[int, bool]:
@@ -48,7 +50,7 @@ async def _on_image(args: argparse.Namespace) -> None:
     from qcowfs.image import Image, OpenOptions
 
     amount, relative = args.size
-    image = await Image.open(args.target, OpenOptions(writable=True))
+    image = await Image.open(args.target, OpenOptions(writable=True, keys=key_options.make_keys(args)))
     try:
         await states.resize(image, image.active.size + amount if relative else amount, shrink=args.shrink)
     finally:

@@ -10,6 +10,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from qcowfs.cli import key_options
 from qcowfs.cli.image_options import absolute
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )
         if name == "list":
             action.add_argument("--json", action="store_true", help="as JSON, with the keys of qemu-img info")
+        else:
+            key_options.add_group(action)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,7 +107,7 @@ async def _list_image(args: argparse.Namespace) -> list[dict[str, Any]]:
 async def _on_image(args: argparse.Namespace) -> None:
     from qcowfs.image import Image, OpenOptions
 
-    image = await Image.open(args.target, OpenOptions(writable=True))
+    image = await Image.open(args.target, OpenOptions(writable=True, keys=key_options.make_keys(args)))
     try:
         await _change(image, args)
     finally:
