@@ -335,7 +335,6 @@ class OsHostFile:
                     break
                 done += got
             self._unsynced += done
-            self._write_behind.note(offset, done)
         return done
 
     def clone_here(self, source: OsHostFile, start: int, length: int, offset: int) -> bool:
