@@ -20,13 +20,12 @@ from qcowfs.errors import UsageError
 from qcowfs.geometry import sector_index
 from qcowfs.hostfile import OsHostFile
 from qcowfs.newfile import new_file
-from qcowfs.pieces import Piece, data_pieces
+from qcowfs.pieces import Piece, Span, data_pieces, read_span
 from qcowfs.targets import CompressedTarget, Encrypt, ImageTarget, RawTarget, Target
 from qcowfs.workers import Turns, Workers
 
 Report = Callable[[int, int], None]
 """Called now and then with the bytes done and all bytes there are to do."""
-_PIECE = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ async def convert(disk: Disk, path: Path, copying: Copying, report: Report | Non
         workers = Workers(
             copying.threads or os.cpu_count() or 1, lambda: _copier(disk, target, report), turns
         )
-        pieces = data_pieces(disk, target.unit, max(_PIECE, target.unit), everything=copying.keeps_zeros)
+        pieces = data_pieces(disk, target.unit, target.most, everything=copying.keeps_zeros)
         await workers.run(pieces)
         await target.finish()
     if report is not None:
@@ -117,10 +116,10 @@ async def _make_encrypt(file: OsHostFile, form: Creation, passphrase: bytes | No
 
 def _copier(disk: Disk, target: Target, report: Report | None) -> Callable[[Piece], None]:
     """The function by which one worker copies pieces, with a buffer of its own."""
-    buffer = memoryview(bytearray(max(_PIECE, target.unit)))
+    buffer = memoryview(bytearray(target.most))
 
-    def read(piece: Piece, part: memoryview) -> None:
-        piece.read(disk, part)
+    def read(span: Span, part: memoryview) -> None:
+        read_span(span, disk, part)
 
     def copy(piece: Piece) -> None:
         target.take(piece, buffer[: piece.length], read)

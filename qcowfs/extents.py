@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcowfs.backing import GuestReader, RawBacking
 from qcowfs.disks import Disk
@@ -18,8 +18,10 @@ from qcowfs.geometry import SECTOR_SIZE
 from qcowfs.hostfile import HostFile
 from qcowfs.image import Image
 from qcowfs.mapping import COMPRESSED_KIND, DATA, LOST, UNALLOCATED, ZERO_KIND
-from qcowfs.tables import Run, TableWalk
 from qcowfs.views import ImageView
+
+if TYPE_CHECKING:
+    from qcowfs.tables import Run, TableWalk
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ async def _layers(disk: Disk) -> list[_Layer]:
     layers: list[_Layer] = []
     reader: GuestReader | ImageView | None = disk.image or disk.reader
     while isinstance(reader, Image):
+        from qcowfs.tables import TableWalk  # loads numpy, which raw disks do without
+
         view = disk.view if not layers and disk.view is not None else reader.active
         walk = TableWalk(reader.file, reader.header, *view.mapping.l1_table)
         holes, encrypted = await _looks_preallocated(reader), bool(reader.header.crypt_method)

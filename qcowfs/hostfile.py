@@ -13,8 +13,9 @@ import math
 import os
 import stat
 import struct
+import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -44,9 +45,12 @@ LITTLE = 1 << 18
 """Seconds and bytes: a sync is taken to be quick after one that was, with no more than this to write."""
 _MOST_PARTS = 1000
 """Buffers that one call may write; the host's limit is 1024."""
+_MOST_AT_ONCE = 1 << 19
+"""Bytes of one such call: of much larger ones the page cache makes folios that it has to search room for."""
 _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("qQQQ")
 _CANNOT_CLONE = (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ETXTBSY)
+_CANNOT_COPY = (*_CANNOT_CLONE, errno.ENOSYS, errno.EBADF)
 _WOULD_BLOCK = (errno.EAGAIN, errno.EOPNOTSUPP)
 
 
@@ -114,6 +118,7 @@ class OsHostFile:
         self._last_sync = math.inf
         self._nowait = hasattr(os, "RWF_NOWAIT")
         self._write_behind = WriteBehind(fd)
+        self._one_writer = threading.Lock()
         self._punch: Callable[[int, int, int], None] | None = syscalls.punch_hole
 
     @classmethod
@@ -295,16 +300,42 @@ class OsHostFile:
         """Fill the buffer, waiting for the host; bytes past the end of the file become zeros."""
         self._read_blocking([(offset, buffer)])
 
+    def peek_here(self, offset: int, length: int) -> bytes:
+        """A few bytes, fewer where the file ends."""
+        return os.pread(self._fd, length, offset)
+
     def write_here(self, offset: int, parts: Sequence[memoryview]) -> None:
-        """Write the parts one after the other from `offset` on, waiting for the host."""
-        for start in range(0, len(parts), _MOST_PARTS):
-            some = parts[start : start + _MOST_PARTS]
+        """Write the parts one after the other from `offset` on, waiting for the host.
+
+        One thread at a time: the host lets no more into a file, and those that wait keep a processor busy.
+        """
+        for some in _batches(parts):
             length = sum(map(len, some))
-            done = os.pwritev(self._fd, some, offset)
-            if done < length:
-                rest = memoryview(b"".join(some))[done:]
-                self._write_blocking([(offset + done, rest)])
+            with self._one_writer:
+                done = os.pwritev(self._fd, some, offset)
+                self._unsynced += done
+                self._write_behind.note(offset, done)
+                if done < length:
+                    rest = memoryview(b"".join(some))[done:]
+                    self._write_blocking([(offset + done, rest)])
             offset += length
+
+    def copy_here(self, source: OsHostFile, start: int, length: int, offset: int) -> int:
+        """Let the host copy a range of another file; how many bytes of it are there, none where it cannot."""
+        done = 0
+        with self._one_writer:
+            while done < length:
+                try:
+                    got = os.copy_file_range(source.fd, self._fd, length - done, start + done, offset + done)
+                except OSError as error:
+                    if error.errno not in _CANNOT_COPY:
+                        raise
+                    got = 0
+                if not got:  # as well where the source ends
+                    break
+                done += got
+            self._unsynced += done
+        return done
 
     def clone_here(self, source: OsHostFile, start: int, length: int, offset: int) -> bool:
         """Let a range share its blocks with a range of another file; False where the host cannot."""
@@ -341,6 +372,21 @@ async def run_in_thread(function: Callable[..., T], *args: object) -> T:
 def run_in_loop(function: Callable[..., Awaitable[T]], *args: object) -> T:
     """From a function that `run_in_thread` runs: await something in the event loop."""
     return trio.from_thread.run(function, *args)
+
+
+def _batches(parts: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """The parts in lists that one call writes."""
+    some: list[memoryview] = []
+    room = _MOST_AT_ONCE
+    for part in parts:
+        for start in range(0, len(part), _MOST_AT_ONCE):
+            some.append(part[start : start + _MOST_AT_ONCE])
+            room -= len(some[-1])
+            if room <= 0 or len(some) == _MOST_PARTS:
+                yield some
+                some, room = [], _MOST_AT_ONCE
+    if some:
+        yield some
 
 
 def _kind_of(mode: int) -> str:

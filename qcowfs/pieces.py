@@ -16,6 +16,10 @@ from qcowfs.extents import DiskExtent, disk_extents
 from qcowfs.geometry import GuestOffset, HostOffset
 from qcowfs.hostfile import OsHostFile, run_in_loop
 from qcowfs.views import fill_zeros
+from qcowfs.zeros import is_zero
+
+_LOOK = 8
+"""Bytes of a unit that are looked at first: data rarely begins with that many zeros."""
 
 
 class Span(NamedTuple):
@@ -42,9 +46,10 @@ class Span(NamedTuple):
 
 @dataclass
 class Piece:
-    """Spans that one worker copies at once; `number` counts the pieces of a disk."""
+    """Spans that one worker copies at once; `number` counts the pieces of a disk of `size` bytes."""
 
     number: int
+    size: int
     spans: list[Span] = field(default_factory=list)
 
     @property
@@ -57,15 +62,36 @@ class Piece:
         """Where its last span ends."""
         return self.spans[-1].guest + self.spans[-1].length
 
-    def read(self, disk: Disk, buffer: memoryview) -> None:
-        """Fill the buffer with the spans, one behind the other. For worker threads."""
-        position = 0
-        for span in self.spans:
-            part = buffer[position : position + span.length]
-            _read(span, disk, part)
-            if span.guest + span.length > disk.size:  # what lies behind the end is nobody's business
-                fill_zeros(part[max(0, disk.size - span.guest) :])
-            position += span.length
+    def is_plain(self, span: Span) -> bool:
+        """Whether the span's bytes can be taken from its file; those behind the disk's end are not zeros."""
+        return span.file is not None and span.guest + span.length <= self.size
+
+
+def read_span(span: Span, disk: Disk, part: memoryview) -> None:
+    """Fill a buffer with a span. For worker threads."""
+    _read(span, disk, part)
+    if span.guest + span.length > disk.size:  # what lies behind the end is nobody's business
+        fill_zeros(part[max(0, disk.size - span.guest) :])
+
+
+def look_for_data(
+    file: OsHostFile, offset: HostOffset, buffer: memoryview, unit: int
+) -> list[tuple[int, int]]:
+    """Which units of a file's range are not all zeros: where they start and end within it.
+
+    The range is as long as the buffer, which holds nothing of use afterwards. Most units are not read. For
+    worker threads.
+    """
+    runs: list[tuple[int, int]] = []
+    for start in range(0, len(buffer), unit):
+        part = buffer[start : start + unit]
+        if not any(file.peek_here(offset + start, _LOOK)):
+            file.read_here(offset + start, part)
+            if is_zero(part):
+                continue
+        joined = runs.pop()[0] if runs and runs[-1][1] == start else start
+        runs.append((joined, start + len(part)))
+    return runs
 
 
 def _read(span: Span, disk: Disk, part: memoryview) -> None:
@@ -80,7 +106,7 @@ async def data_pieces(disk: Disk, unit: int, most: int, *, everything: bool = Fa
 
     With `everything` they cover the whole disk.
     """
-    piece = Piece(0)
+    piece = Piece(0, disk.size)
     async for span in _spans(disk, unit, everything=everything):
         position = 0
         while position < span.length:
@@ -90,7 +116,7 @@ async def data_pieces(disk: Disk, unit: int, most: int, *, everything: bool = Fa
             position += part
             if part == room:
                 yield piece
-                piece = Piece(piece.number + 1)
+                piece = Piece(piece.number + 1, disk.size)
     if piece.spans:
         yield piece
 

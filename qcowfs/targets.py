@@ -6,7 +6,7 @@ pieces come from, nor keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from qcowfs.codecs.compression import Compressor
@@ -14,21 +14,27 @@ from qcowfs.creation import Creation
 from qcowfs.fresh import FreshImage
 from qcowfs.geometry import HostOffset
 from qcowfs.hostfile import OsHostFile
-from qcowfs.pieces import Piece
+from qcowfs.pieces import Piece, Span, look_for_data
 from qcowfs.workers import Turns
 from qcowfs.zeros import data_runs
 
 SPARSE_UNIT = 4096
 """Zeros of this length and alignment become holes in a raw file."""
 _CLONE_ALIGNMENT = 4096
+_MOST_COPIED = 4 << 20
+_MOST_PACKED = 1 << 20
+"""Bytes of a piece: enough for long copies by the host, and few enough to share out compressing."""
 
-Reading = Callable[[Piece, memoryview], None]
 Encrypt = Callable[[HostOffset, memoryview], memoryview]
 """Whole clusters as they lie encrypted at a host offset."""
+_LEAST_LOOKED = 1 << 14
+"""Units from this size on are looked at one by one; smaller ones are read together."""
+
+Reading = Callable[[Span, memoryview], None]
 
 
 class Run(NamedTuple):
-    """Guest bytes that are not all zeros, and where they were read from, if directly."""
+    """Guest bytes that are not all zeros. Where they lie in a file as they are, `data` is not read yet."""
 
     guest: int
     data: memoryview
@@ -37,26 +43,55 @@ class Run(NamedTuple):
 
 
 class Target(Protocol):
-    """Takes the pieces of a disk, several at a time, and is complete after `finish`."""
+    """Takes the pieces of a disk, several at a time, and is complete after `finish`.
+
+    Pieces are of whole `unit`s and hold at most `most` bytes.
+    """
 
     unit: int
+    most: int
 
     def take(self, piece: Piece, buffer: memoryview, read: Reading) -> None:
-        """Copy a piece, in a worker thread; `read` fills the buffer with it."""
+        """Copy a piece, in a worker thread; `read` fills a buffer of that length with one of its spans."""
 
     async def finish(self) -> None:
         """Write what remains when every piece is there."""
 
 
-def _runs(piece: Piece, buffer: memoryview, unit: int) -> list[Run]:
-    """The parts of a piece in the buffer that hold data."""
-    found, position = [], 0
+def _parts(piece: Piece, buffer: memoryview) -> Iterator[tuple[Span, memoryview]]:
+    """Each span with its part of the buffer."""
+    position = 0
     for span in piece.spans:
-        part = buffer[position : position + span.length]
-        host = span.host or 0
-        found += [Run(span.guest + a, part[a:b], span.file, host + a) for a, b in data_runs(part, unit)]
+        yield span, buffer[position : position + span.length]
         position += span.length
+
+
+def _runs(piece: Piece, buffer: memoryview, unit: int, read: Reading) -> list[Run]:
+    """The parts of a piece that hold data, all of them read."""
+    found: list[Run] = []
+    for span, part in _parts(piece, buffer):
+        read(span, part)
+        found += [Run(span.guest + a, part[a:b], None, 0) for a, b in data_runs(part, unit)]
     return found
+
+
+def _runs_to_copy(piece: Piece, buffer: memoryview, unit: int, read: Reading) -> list[Run]:
+    """The parts of a piece that hold data; what the host may copy is only looked at."""
+    found: list[Run] = []
+    for span, part in _parts(piece, buffer):
+        file, host = _plain(piece, span)
+        if file is None or unit < _LEAST_LOOKED:
+            read(span, part)
+            runs = data_runs(part, unit)
+        else:
+            runs = look_for_data(file, host, part, unit)
+        found += [Run(span.guest + a, part[a:b], file, host + a) for a, b in runs]
+    return found
+
+
+def _plain(piece: Piece, span: Span) -> tuple[OsHostFile | None, HostOffset]:
+    """The file from which the host may copy a span, if there is one, and the place in it."""
+    return (span.file, span.host or 0) if piece.is_plain(span) else (None, 0)
 
 
 class _Cloner:
@@ -78,6 +113,7 @@ class RawTarget:
     """A raw file, in which zeros are holes."""
 
     unit = SPARSE_UNIT
+    most = 1 << 19  # what was read is still in the processor's cache when it is written
 
     def __init__(self, file: OsHostFile, size: int) -> None:
         """A new file for a disk of `size` bytes."""
@@ -89,8 +125,7 @@ class RawTarget:
         """Copy a piece; pieces may come in any order."""
         if all(self._cloner.clone(s.file, s.host or 0, s.length, s.guest) for s in piece.spans):
             return
-        read(piece, buffer)
-        for run in _runs(piece, buffer, self.unit):
+        for run in _runs(piece, buffer, self.unit, read):
             self._file.write_here(run.guest, [run.data[: self._size - run.guest]])
 
     async def finish(self) -> None:
@@ -107,6 +142,7 @@ class ImageTarget:
     ) -> None:  # fmt: skip
         """A new file, and one for the data if the form has one, for a disk of `size` bytes."""
         self.unit = form.cluster_size
+        self.most = max(_MOST_COPIED, self.unit)
         self._file = file
         self._data_file = data_file or file
         self._size = size
@@ -118,22 +154,30 @@ class ImageTarget:
 
     def take(self, piece: Piece, buffer: memoryview, read: Reading) -> None:
         """Copy a piece; every piece has to come, for each gets its place after the ones before."""
-        read(piece, buffer)
-        written = _runs(piece, buffer, self.unit)
-        placed = written if self._preallocation == "off" else _whole(piece, buffer)
+        plain = self._encrypt is None
+        written = (_runs_to_copy if plain else _runs)(piece, buffer, self.unit, read)
+        placed = written if self._preallocation == "off" else _whole(piece, buffer, plain=plain)
         with self._turns.turn(piece.number):
             places = [(self._image.place_data(run.guest, len(run.data)), run) for run in placed]
             tables = self._image.take_writes()
-        if self._preallocation in ("metadata", "falloc") and self._encrypt is None:
+        if self._preallocation in ("metadata", "falloc") and plain:
             places = _within(places, written)
-        rest = [
-            (host, run.data)
-            for host, run in places
-            if run.guest + len(run.data) > self._size
-            or not self._cloner.clone(run.file, run.host, len(run.data), host)
-        ]
+        rest = [part for host, run in places for part in self._copy(host, run)]
         write_together(self._data_file, _encrypted(rest, self._encrypt))
         write_together(self._file, tables)
+
+    def _copy(self, host: HostOffset, run: Run) -> list[tuple[HostOffset, memoryview]]:
+        """Have the host copy a run; what it leaves over, and what was read anyway, is still to be written."""
+        if run.file is None:
+            return [(host, run.data)]
+        length = len(run.data)
+        if self._cloner.clone(run.file, run.host, length, host):
+            return []
+        done = self._data_file.copy_here(run.file, run.host, length, host)
+        if done == length:
+            return []
+        run.file.read_here(run.host + done, run.data[done:])
+        return [(host + done, run.data[done:])]
 
     async def finish(self) -> None:
         """Write the tables that cover everything."""
@@ -152,14 +196,13 @@ def _encrypted(
     return writes if encrypt is None else [(host, encrypt(host, data)) for host, data in writes]
 
 
-def _whole(piece: Piece, buffer: memoryview) -> list[Run]:
-    """All spans of a piece, whether they hold data or not."""
-    found, position = [], 0
-    for span in piece.spans:
-        part = buffer[position : position + span.length]
-        found.append(Run(span.guest, part, span.file, span.host or 0))
-        position += span.length
-    return found
+def _whole(piece: Piece, buffer: memoryview, *, plain: bool) -> list[Run]:
+    """All spans of a piece, whether they hold data or not; the host may copy them only if they stay plain."""
+    sources = (_plain(piece, span) if plain else (None, 0) for span in piece.spans)
+    return [
+        Run(span.guest, part, *source)
+        for (span, part), source in zip(_parts(piece, buffer), sources, strict=True)
+    ]
 
 
 def _within(places: list[tuple[HostOffset, Run]], runs: list[Run]) -> list[tuple[HostOffset, Run]]:
@@ -183,6 +226,7 @@ class CompressedTarget:
     ) -> None:  # fmt: skip
         """A new file for a disk of `size` bytes."""
         self.unit = form.cluster_size
+        self.most = max(_MOST_PACKED, self.unit)
         self._file = file
         self._image = FreshImage(form, size)
         self._compress = compress
@@ -191,8 +235,7 @@ class CompressedTarget:
 
     def take(self, piece: Piece, buffer: memoryview, read: Reading) -> None:
         """Copy a piece; every piece has to come, for each gets its place after the ones before."""
-        read(piece, buffer)
-        clusters = self._pack(piece, buffer)
+        clusters = self._pack(_runs(piece, buffer, self.unit, read))
         with self._turns.turn(piece.number):
             placed = [(self._place(guest, data), data) for guest, data in clusters]
             tables = self._image.take_writes()
@@ -204,10 +247,10 @@ class CompressedTarget:
             return host, data
         return host, self._encrypt(host, memoryview(data))
 
-    def _pack(self, piece: Piece, buffer: memoryview) -> list[tuple[int, bytes | memoryview]]:
+    def _pack(self, runs: list[Run]) -> list[tuple[int, bytes | memoryview]]:
         """Each cluster that holds data, compressed where that makes it smaller."""
         packed: list[tuple[int, bytes | memoryview]] = []
-        for run in _runs(piece, buffer, self.unit):
+        for run in runs:
             for start in range(0, len(run.data), self.unit):
                 cluster = run.data[start : start + self.unit]
                 smaller = self._compress(cluster)

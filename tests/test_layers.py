@@ -43,7 +43,7 @@ LAYERS = {
     "info": 75,
     "bridge": 78, "library": 79,
     "direct": 75, "survey": 75, "drawing": 75, "picture": 76,
-    "compare": 75, "measure": 75,
+    "compare": 77, "measure": 75,
     "workers": 76, "pieces": 76, "fresh": 76, "targets": 77, "convert": 78,
     "key_slots": 75,
     "daemon": 80,

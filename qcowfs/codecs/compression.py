@@ -7,6 +7,7 @@ come from. Implements the data part of "Compressed Clusters Descriptor".
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -58,7 +59,7 @@ def compressor(compression_type: int, level: int | None = None) -> Compressor:
         name = COMPRESSION_NAMES[compression_type]
         raise UsageError(f"level {level}: {name} has levels 1 to {MOST_LEVELS[compression_type]}")
     if compression_type == COMPRESSION_ZSTD:
-        return lambda cluster: _zstd().compress(cluster, level)
+        return _zstd_compressor(level)
     return _deflater(level)
 
 
@@ -112,6 +113,20 @@ def _zstd() -> Any:  # noqa: ANN401 - two modules of one shape
     else:
         from backports import zstd
     return zstd
+
+
+def _zstd_compressor(level: int) -> Compressor:
+    """One compressor a thread, which makes a frame of each cluster."""
+    zstd, mine = _zstd(), threading.local()
+
+    def compress(cluster: Cluster) -> bytes:
+        stream = getattr(mine, "stream", None)
+        if stream is None:
+            stream = mine.stream = zstd.ZstdCompressor(level)
+        stored: bytes = stream.compress(cluster, stream.FLUSH_FRAME)
+        return stored
+
+    return compress
 
 
 def _zstd_inflater() -> Inflater:

@@ -103,7 +103,6 @@ class DirectOperations(ChangingOperations):
 
     async def _answer(self, request: Request, work: Awaitable[int | None]) -> None:
         """Do the work and answer with the number that it gives, or with its error."""
-        self._session.note_waiting(1)
         try:
             result = await work
         except pyfuse3.FUSEError as error:
@@ -113,8 +112,6 @@ class DirectOperations(ChangingOperations):
                 self._session.reply_error(request, 0)
             else:
                 self._session.reply_offset(request, result)
-        finally:
-            self._session.note_waiting(-1)
 
     async def read(  # type: ignore[override]  # any buffer will do, whatever the stub says
         self, fh: int, off: int, size: int
@@ -129,12 +126,8 @@ class DirectOperations(ChangingOperations):
     async def _finish(self, anew: Coroutine[Any, Any, T]) -> T:
         """Finish what was begun just now, else run the handler from its start."""
         begun, self._begun = self._begun, None
-        self._session.note_waiting(1)
-        try:
-            if begun is None:
-                return await anew
-            anew.close()
-            result: T = await begun.finish()
-            return result
-        finally:
-            self._session.note_waiting(-1)
+        if begun is None:
+            return await anew
+        anew.close()
+        result: T = await begun.finish()
+        return result

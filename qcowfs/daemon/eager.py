@@ -2,8 +2,9 @@
 
 Owns the two things that pyfuse3's loop takes from trio for each request: the lock that lets one task wait for
 the kernel, and the wait itself. Both normally go through the scheduler, which costs more than answering a
-small read. Here neither does while requests are already waiting; every `MAX_IN_A_ROW` requests the scheduler
-gets its turn, and as soon as a handler has to wait, another task takes over the reading.
+small read. Here neither does while requests are already waiting; the scheduler gets its turn every
+`MAX_IN_A_ROW` requests, or rows of them that the compiled session answers, and as soon as a handler has to
+wait, another task takes over the reading.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import pyfuse3
 import trio
 
-MAX_IN_A_ROW = 32
+MAX_IN_A_ROW = 4
 _POLLS = 12
 """Looks before the scheduler is asked: some microseconds, about as long as a reader takes to come back."""
 

@@ -14,11 +14,19 @@ from typing import Any, ParamSpec, TypeVar
 import pyfuse3
 
 from qcowfs import errors
+from qcowfs.daemon import shim
 
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def _nobody_asks(_: int) -> None:
+    """Without the compiled session nothing depends on how many requests wait."""
+
+
+_note_waiting: Callable[[int], None] = _nobody_asks if shim.session is None else shim.session.note_waiting
 
 ERRNO_OF: dict[type[errors.QcowError], int] = {
     errors.ReadOnlyError: errno.EROFS,
@@ -44,6 +52,7 @@ def answers(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corouti
 
     @wraps(handler)
     async def answering(*args: P.args, **kwargs: P.kwargs) -> T:
+        _note_waiting(1)  # while it waits, the scheduler is needed
         try:
             return await handler(*args, **kwargs)
         except pyfuse3.FUSEError:
@@ -56,5 +65,7 @@ def answers(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corouti
         except Exception:
             log.exception("%s failed in a way nobody foresaw; answered with EIO", handler.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from None
+        finally:
+            _note_waiting(-1)
 
     return answering

@@ -1,0 +1,64 @@
+"""What `convert` lets the host copy is what QEMU reads in the source, whatever the host can do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from pathlib import Path
+
+import pytest
+import trio
+
+from qcowfs import convert as converting
+from qcowfs.creation import Creation
+from qcowfs.disks import open_disk
+from tests.e2e.tools import run
+
+SIZE = (5 << 20) + 512
+
+
+def make_source(path: Path) -> None:
+    """Clusters of data, of zeros that are stored, and of data behind zeros; the last one is cut."""
+    chance = random.Random(5)
+    data = bytearray(chance.randbytes(SIZE))
+    for start in range(0, SIZE, 3 << 16):
+        data[start : start + (1 << 16)] = bytes(min(1 << 16, SIZE - start))
+    for start in range(1 << 16, SIZE, 6 << 16):
+        data[start : start + 60_000] = bytes(60_000)
+    path.write_bytes(data)
+
+
+def copy(source: Path, target: Path) -> None:
+    async def whole() -> None:
+        async with open_disk(source, "raw") as disk:
+            await converting.convert(disk, target, converting.Copying(image=Creation()))
+
+    trio.run(whole)
+
+
+def refused(*_: int) -> int:
+    raise OSError(errno.EXDEV, "not on one file system")
+
+
+def short(*words: int) -> int:
+    """The host copies a little, then claims that the source ends."""
+    source, target, length, start, offset = words
+    return REAL(source, target, min(length, 5000), start, offset) if start % 65536 == 0 else 0
+
+
+REAL = os.copy_file_range
+
+
+@pytest.mark.parametrize("host", [REAL, refused, short])
+def test_a_copy_is_the_same_where_the_host_copies_all_some_or_nothing(
+    host: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target, other = tmp_path / "a.raw", tmp_path / "a.qcow2", tmp_path / "b.qcow2"
+    make_source(source)
+    monkeypatch.setattr(os, "copy_file_range", host)
+    copy(source, target)
+    run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", source, target)
+    run("qemu-img", "check", target)
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", source, other)
+    assert target.stat().st_size <= other.stat().st_size
