@@ -247,7 +247,17 @@ def test_it_needs_no_fuse_and_loads_nothing_early(image: Path) -> None:
 
 
 def test_the_public_names_are_these() -> None:
-    names = ["DiskExtent", "DiskFile", "Image", "OpenOptions", "QcowError", "Snapshot", "__version__", "open"]
+    names = [
+        "DiskExtent",
+        "DiskFile",
+        "Image",
+        "Keys",
+        "OpenOptions",
+        "QcowError",
+        "Snapshot",
+        "__version__",
+        "open",
+    ]
     assert qcowfs.__all__ == names
     assert all(getattr(qcowfs, name) is not None for name in names)
     stub = Path(qcowfs.__file__).with_suffix(".pyi").read_text()
