@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qcowfs.drawing import Box, Drawing, Text
 from qcowfs.survey import KINDS, Survey
+from qcowfs.text import human
 
 COLOURS = {
     "data": "#2f6db5", "shared": "#8656ad", "compressed": "#1f9e89", "backing": "#eda63a",
@@ -128,16 +129,6 @@ def _draw_legend(drawing: Drawing, survey: Survey) -> None:
 
 def _own(survey: Survey) -> int:
     return survey.totals["data"] + survey.totals["shared"]
-
-
-def human(count: float) -> str:
-    """A size with a binary unit and three significant digits."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-    unit = 0
-    while count >= 1000 and unit < len(units) - 1:
-        count /= 1024
-        unit += 1
-    return f"{count:.3g} {units[unit]}"
 
 
 # -- without a window

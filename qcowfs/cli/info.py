@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qcowfs.text import printable, quoted
+from qcowfs.text import human, printable, quoted
 
 Record = dict[str, Any]
 
@@ -52,8 +52,8 @@ def _lines(record: Record) -> Iterator[str]:
     """The record as qemu-img's readers know it."""
     yield f"image: {printable(os.fsencode(record['filename']))}"
     yield f"file format: {record['format']}"
-    yield f"virtual size: {_size(record['virtual-size'])} ({record['virtual-size']} bytes)"
-    yield f"disk size: {_size(record['actual-size'])}"
+    yield f"virtual size: {human(record['virtual-size'])} ({record['virtual-size']} bytes)"
+    yield f"disk size: {human(record['actual-size'])}"
     if record.get("encrypted"):
         yield "encrypted: yes"
     yield f"cluster_size: {record['cluster-size']}"
@@ -78,8 +78,8 @@ def snapshot_lines(snapshots: list[Record]) -> Iterator[str]:
     rows = [("ID", "NAME", "VM SIZE", "DISK SIZE", "DATE", "FILE")]
     for record in snapshots:
         date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record["date-sec"]))
-        disk = _size(record["disk-size"]) if "disk-size" in record else "-"
-        vm_state = _size(record["vm-state-size"])
+        disk = human(record["disk-size"]) if "disk-size" in record else "-"
+        vm_state = human(record["vm-state-size"])
         names = printable(os.fsencode(record["id"])), quoted(os.fsencode(record["name"]))
         rows.append((*names, vm_state, disk, date, f"snapshots/{record['file-name']}"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -113,13 +113,3 @@ def _scalar(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return printable(os.fsencode(value)) if isinstance(value, str) else str(value)
-
-
-def _size(count: float) -> str:
-    """A size with a binary unit and three significant digits, as qemu-img writes it."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-    unit = 0
-    while count >= 1000 and unit < len(units) - 1:
-        count /= 1024
-        unit += 1
-    return f"{count:.3g} {units[unit]}"

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 from qcowfs.cli import source_options
 from qcowfs.cli.exits import EXIT_OK
-from qcowfs.cli.sizes import human
 from qcowfs.errors import UsageError
-from qcowfs.text import printable
+from qcowfs.text import human, printable
 
 if TYPE_CHECKING:
     from qcowfs.disks import Disk

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from qcowfs.cli import key_options
-from qcowfs.cli.image_options import absolute, size
+from qcowfs.cli.image_options import absolute
+from qcowfs.cli.sizes import disk_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _change_of_size(text: str) -> tuple[int, bool]:
     """(bytes, whether they are added to the present size)."""
     sign = {"+": 1, "-": -1}.get(text[:1])
-    return (size(text), False) if sign is None else (sign * size(text[1:]), True)
+    return (disk_size(text), False) if sign is None else (sign * disk_size(text[1:]), True)
 
 
 def run(args: argparse.Namespace) -> int:
