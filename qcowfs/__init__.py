@@ -23,10 +23,10 @@ __all__ = [
 _HOMES = {
     "open": "library",
     "DiskFile": "library",
-    "DiskExtent": "extents",
-    "Image": "image",
-    "Keys": "keys",
-    "OpenOptions": "image",
+    "DiskExtent": "disk.extents",
+    "Image": "disk.image",
+    "Keys": "disk.keys",
+    "OpenOptions": "disk.image",
     "QcowError": "errors",
     "Snapshot": "format.snapshot_table",
 }

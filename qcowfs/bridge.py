@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 import trio
 
-from qcowfs.disks import Disk
+from qcowfs.disk.disks import Disk
 from qcowfs.errors import UsageError
 
 T = TypeVar("T")

@@ -15,16 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcowfs.backing import RawBacking
 from qcowfs.bridge import Engine
-from qcowfs.disks import Disk, open_disk
+from qcowfs.data.backing import RawBacking
+from qcowfs.data.views import ImageView
+from qcowfs.disk.disks import Disk, open_disk
+from qcowfs.disk.extents import DiskExtent, disk_extents
+from qcowfs.disk.image import Image, OpenOptions, shown
+from qcowfs.disk.info import read_info
+from qcowfs.disk.keys import Keys
 from qcowfs.errors import UsageError
-from qcowfs.extents import DiskExtent, disk_extents
 from qcowfs.format.snapshot_table import Snapshot
-from qcowfs.image import Image, OpenOptions, shown
-from qcowfs.info import read_info
-from qcowfs.keys import Keys
-from qcowfs.views import ImageView
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from qcowfs.hostfile import FileFacts, ReadRequest, Stretch, WriteRequest
+from qcowfs.host.hostfile import FileFacts, ReadRequest, Stretch, WriteRequest
 
 _inodes = count(1)
 

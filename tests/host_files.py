@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import trio
 import trio.testing
 
-from qcowfs.hostfile import ReadRequest, WriteRequest
-from qcowfs.image import Image, OpenOptions
-from qcowfs.live import DiskWriter
+from qcowfs.disk.image import Image, OpenOptions
+from qcowfs.disk.live import DiskWriter
+from qcowfs.host.hostfile import ReadRequest, WriteRequest
 from qcowfs.testing import MemoryHostFile, Sync, Write
 from tests.memory import FOLDER
 

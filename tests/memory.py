@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qcowfs.backing import GuestReader
-from qcowfs.hostfile import HostFile, ReadRequest
-from qcowfs.image import Image, OpenOptions
+from qcowfs.data.backing import GuestReader
+from qcowfs.disk.image import Image, OpenOptions
+from qcowfs.host.hostfile import HostFile, ReadRequest
 from qcowfs.testing import MemoryHostFile
 
 FOLDER = Path("/images")

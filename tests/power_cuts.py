@@ -11,7 +11,7 @@ import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from qcowfs import states
+from qcowfs.disk import states
 from qcowfs.errors import CorruptImage, UnsupportedFeature, UsageError
 from qcowfs.testing import SYNC, Sync, Write
 from tests.memory import read

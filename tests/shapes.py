@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from qcowfs.image import Image, OpenOptions
-from qcowfs.keys import Keys
+from qcowfs.disk.image import Image, OpenOptions
+from qcowfs.disk.keys import Keys
 from qcowfs.testing import MemoryHostFile
 from tests.luks_images import encrypt_by_luks
 from tests.memory import FOLDER, MemoryFolder

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qcowfs import states
 from qcowfs.check import check
-from qcowfs.counts import Counts
+from qcowfs.disk import states
+from qcowfs.disk.image import Image, read_header
 from qcowfs.format.snapshot_table import Snapshot
-from qcowfs.hostfile import WriteRequest
-from qcowfs.image import Image, read_header
-from qcowfs.metadata_map import MetadataMap
+from qcowfs.host.hostfile import WriteRequest
+from qcowfs.metadata.counts import Counts
+from qcowfs.metadata.metadata_map import MetadataMap
 from qcowfs.testing import MemoryHostFile
 from tests.host_files import writer_of
 from tests.memory import CountedFile, MemoryFolder, read

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from qcowfs.amend import Amendments, amend_file
 from qcowfs.check import Kind, check
+from qcowfs.disk.amend import Amendments, amend_file
 from qcowfs.format.extensions import FEATURE_NAMES, Extension
 from qcowfs.format.header import Header
-from qcowfs.header_store import store_header
+from qcowfs.metadata.header_store import store_header
 from qcowfs.testing import MemoryHostFile
 from tests.memory import read
 from tests.power_cuts import crash_states

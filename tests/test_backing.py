@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfs.backing import (
+from qcowfs.data.backing import (
     BackingPolicy,
     BackingReference,
     RawBacking,
@@ -16,7 +16,7 @@ from qcowfs.backing import (
     probe_format,
 )
 from qcowfs.errors import BackingFileError
-from qcowfs.hostfile import FileFacts
+from qcowfs.host.hostfile import FileFacts
 from qcowfs.testing import MemoryHostFile
 from tests.asserting import raises_exactly
 from tests.memory import read

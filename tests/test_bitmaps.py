@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from qcowfs.bitmaps import list_bitmaps
 from qcowfs.check import check
+from qcowfs.disk.image import read_header
+from qcowfs.disk.states import create_snapshot, resize, revert
 from qcowfs.format.extensions import BITMAPS
 from qcowfs.format.header import Header
-from qcowfs.image import read_header
-from qcowfs.states import create_snapshot, resize, revert
+from qcowfs.metadata.bitmaps import list_bitmaps
 from qcowfs.testing import MemoryHostFile
 from tests.host_files import open_file, poke_word, word, writer_of
 from tests.power_cuts import crash_states

@@ -10,12 +10,12 @@ import pytest
 import trio
 import trio.testing
 
-from qcowfs.cache import SliceStore, TableCache
 from qcowfs.errors import CorruptImage
 from qcowfs.format.words import TABLE_WORDS
 from qcowfs.geometry import Geometry
-from qcowfs.hostfile import ReadRequest
-from qcowfs.lru import BoundedStore
+from qcowfs.host.hostfile import ReadRequest
+from qcowfs.metadata.cache import SliceStore, TableCache
+from qcowfs.metadata.lru import BoundedStore
 from tests.asserting import raises_exactly
 from tests.memory import CountedFile
 

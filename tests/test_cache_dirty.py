@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcowfs.cache import TableCache
 from qcowfs.format.words import TABLE_WORDS, Words
 from qcowfs.geometry import Geometry
-from qcowfs.lru import BoundedStore
+from qcowfs.metadata.cache import TableCache
+from qcowfs.metadata.lru import BoundedStore
 from qcowfs.testing import MemoryHostFile, Write
 
 GEOMETRY = Geometry(9)

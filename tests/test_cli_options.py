@@ -18,8 +18,8 @@ from qcowfs.cli.image_options import size
 from qcowfs.cli.main import main
 from qcowfs.cli.mount_helper import mount_command
 from qcowfs.cli.mount_words import IGNORED, as_arguments, expand
+from qcowfs.disk.image import OpenOptions
 from qcowfs.errors import UsageError
-from qcowfs.image import OpenOptions
 from tests.asserting import raises_exactly
 
 # -- mount words

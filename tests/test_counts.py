@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcowfs.counts import Counts, runs_of
 from qcowfs.errors import CorruptImage, MetadataOverlap, UsageError
 from qcowfs.format.header import Header
-from qcowfs.metadata_map import MetadataMap
+from qcowfs.metadata.counts import Counts, runs_of
+from qcowfs.metadata.metadata_map import MetadataMap
 from qcowfs.testing import MemoryHostFile
 from tests.builders import header
 from tests.host_files import poke_word

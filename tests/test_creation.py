@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from qcowfs.creation import Creation, parse_size
+from qcowfs.creation.form import Creation, parse_size
 from qcowfs.errors import UsageError
 from qcowfs.format.extensions import FEATURE_NAMES
 from qcowfs.format.features import Incompatible, unpack_names

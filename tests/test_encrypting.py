@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from qcowfs.codecs.encryption import check_supported
-from qcowfs.encrypting import OPTIONS, Encryption
+from qcowfs.creation.encrypting import OPTIONS, Encryption
 from qcowfs.errors import UsageError
 
 CIPHERS = ("aes-128", "aes-192", "aes-256", "cast5-128")

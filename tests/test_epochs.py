@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qcowfs.epochs import ReadEpochs
+from qcowfs.metadata.epochs import ReadEpochs
 
 
 def test_without_reads_everything_dropped_so_far_may_be_reused() -> None:

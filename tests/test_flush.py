@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from qcowfs.check import check
-from qcowfs.hostfile import WriteRequest
+from qcowfs.host.hostfile import WriteRequest
 from qcowfs.testing import MemoryHostFile, Punch, Sync, Write
 from tests.host_files import WaitingFile, open_file, place_of_entry, word, writer_of
 from tests.memory import read

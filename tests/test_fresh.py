@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcowfs.check import check
-from qcowfs.creation import Creation
-from qcowfs.fresh import FreshImage
-from qcowfs.image import Image
-from qcowfs.mapping import COMPRESSED_KIND, DATA
+from qcowfs.copying.fresh import FreshImage
+from qcowfs.creation.form import Creation
+from qcowfs.disk.image import Image
+from qcowfs.metadata.mapping import COMPRESSED_KIND, DATA
 from qcowfs.testing import MemoryHostFile
 from tests.memory import open_bytes
 

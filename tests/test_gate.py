@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qcowfs.gate import Gate
+from qcowfs.disk.gate import Gate
 
 
 @asynccontextmanager

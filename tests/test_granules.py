@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcowfs.granules import CHUNK_BYTES, Granules
+from qcowfs.metadata.granules import CHUNK_BYTES, Granules
 
 RANGES = st.lists(st.tuples(st.integers(0, 9_000_000), st.integers(0, 5_000_000)), max_size=6)
 

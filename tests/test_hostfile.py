@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qcowfs.errors import UsageError
-from qcowfs.hostfile import OsHostFile, run_in_thread
+from qcowfs.host.hostfile import OsHostFile, run_in_thread
 from tests.asserting import raises_exactly
 
 CONTENT = bytes(range(256)) * 40

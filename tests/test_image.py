@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from qcowfs.disk.image import OpenOptions
 from qcowfs.errors import BackingFileError, CorruptImage, NotQcow2, QcowError, UnsupportedFeature, UsageError
-from qcowfs.image import OpenOptions
 from tests import builders
 from tests.asserting import little_memory, raises_exactly
 from tests.builders import (
@@ -118,7 +118,7 @@ async def test_a_marked_image_is_read_with_a_warning(
     image = ImageBuilder(C, fields={"incompatible": bit})
     image.normal(0, b"x" * C)
     disk = await open_bytes(image.build())
-    assert caplog.record_tuples == [("qcowfs.image", logging.WARNING, f"{DISK}: {text}")]
+    assert caplog.record_tuples == [("qcowfs.disk.image", logging.WARNING, f"{DISK}: {text}")]
     assert await read(disk, 0, C) == b"x" * C
 
 

@@ -6,9 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from qcowfs.backing import BackingPolicy
+from qcowfs.data.backing import BackingPolicy
+from qcowfs.disk.image import Image, OpenOptions
 from qcowfs.errors import BackingFileError, UnsupportedFeature
-from qcowfs.image import Image, OpenOptions
 from tests.asserting import raises_exactly
 from tests.builders import BACKING_FORMAT, BIT_DATA_FILE, ImageBuilder, deflate, extension, snapshot_record
 from tests.memory import FOLDER, MemoryFolder, read

@@ -9,11 +9,11 @@ import pytest
 import trio
 import trio.testing
 
+from qcowfs.data.inflate import STORED_GAP, InflatedClusters, InflatedStore, Stored
 from qcowfs.errors import CorruptImage
 from qcowfs.geometry import Geometry
-from qcowfs.hostfile import ReadRequest
-from qcowfs.inflate import STORED_GAP, InflatedClusters, InflatedStore, Stored
-from qcowfs.lru import BoundedStore
+from qcowfs.host.hostfile import ReadRequest
+from qcowfs.metadata.lru import BoundedStore
 from tests.builders import deflate
 from tests.memory import CountedFile
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qcowfs.creation.layout import Layout, plan_refcounts
 from qcowfs.errors import UsageError
 from qcowfs.geometry import Geometry
-from qcowfs.layout import Layout, plan_refcounts
 
 geometries = st.builds(Geometry, st.integers(9, 21), refcount_order=st.integers(0, 6))
 

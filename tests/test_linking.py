@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from qcowfs.check import check
-from qcowfs.image import Image
+from qcowfs.disk.image import Image
 from qcowfs.testing import MemoryHostFile
 from tests.host_files import WaitingFile, open_file, poke_word, word, writer_of
 from tests.memory import read

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from qcowfs import locks
+from qcowfs.disk.image import Image, OpenOptions
 from qcowfs.errors import ImageInUse
-from qcowfs.hostfile import OsHostFile
-from qcowfs.image import Image, OpenOptions
+from qcowfs.host import locks
+from qcowfs.host.hostfile import OsHostFile
 from tests.asserting import raises_exactly
 
 ADVICE = "stop it first, or read beside it with --force-share"

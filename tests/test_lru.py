@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcowfs.lru import BoundedStore
+from qcowfs.metadata.lru import BoundedStore
 
 KEYS = st.integers(0, 5)
 COSTS = st.integers(0, 12)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from qcowfs.cache import TableCache
 from qcowfs.format.words import TABLE_WORDS
 from qcowfs.geometry import Geometry
-from qcowfs.lru import BoundedStore
-from qcowfs.mapping import Extent, Mapping
+from qcowfs.metadata.cache import TableCache
+from qcowfs.metadata.lru import BoundedStore
+from qcowfs.metadata.mapping import Extent, Mapping
 from qcowfs.testing import MemoryHostFile
 from tests.builders import COPIED, ImageBuilder
 

@@ -6,11 +6,11 @@ import errno
 
 import pytest
 
-from qcowfs.cache import TableCache
 from qcowfs.format.words import TABLE_WORDS
 from qcowfs.geometry import Geometry
-from qcowfs.lru import BoundedStore
-from qcowfs.mapping import Extent, Mapping
+from qcowfs.metadata.cache import TableCache
+from qcowfs.metadata.lru import BoundedStore
+from qcowfs.metadata.mapping import Extent, Mapping
 from qcowfs.testing import MemoryHostFile
 from tests.builders import COPIED, ZERO, ImageBuilder
 from tests.test_mapping import KIB32, C, mapping_of, shown

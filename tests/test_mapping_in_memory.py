@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcowfs.cache import LEAST_SLICES, TableCache
 from qcowfs.format.words import TABLE_WORDS
 from qcowfs.geometry import Geometry
-from qcowfs.hostfile import ReadRequest
-from qcowfs.lru import BoundedStore
-from qcowfs.mapping import Mapping
+from qcowfs.host.hostfile import ReadRequest
+from qcowfs.metadata.cache import LEAST_SLICES, TableCache
+from qcowfs.metadata.lru import BoundedStore
+from qcowfs.metadata.mapping import Mapping
 from tests.builders import COPIED, ImageBuilder
 from tests.memory import CountedFile
 from tests.test_mapping import KIB32, C, mapping_of, shown

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcowfs.metadata_map import MetadataMap
+from qcowfs.metadata.metadata_map import MetadataMap
 
 C = 512
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qcowfs import locks
 from qcowfs.errors import ImageInUse, UsageError
-from qcowfs.hostfile import OsHostFile
-from qcowfs.newfile import new_file
+from qcowfs.host import locks
+from qcowfs.host.hostfile import OsHostFile
+from qcowfs.host.newfile import new_file
 
 
 @pytest.fixture(params=["nameless", "named"])

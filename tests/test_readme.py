@@ -15,7 +15,7 @@ from qcowfs.cli import check, exits
 from qcowfs.cli.main import COMMANDS
 from qcowfs.cli.mount_words import as_arguments
 from qcowfs.format.snapshot_table import Snapshot
-from qcowfs.snapshots import file_names
+from qcowfs.metadata.snapshots import file_names
 from tests.test_layers import LAYERS
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from qcowfs.check import Kind, check
-from qcowfs.commit import empty
-from qcowfs.image import OpenOptions
-from qcowfs.rebase import NewBacking, rebase
+from qcowfs.disk.image import OpenOptions
+from qcowfs.overlay.commit import empty
+from qcowfs.overlay.rebase import NewBacking, rebase
 from qcowfs.testing import MemoryHostFile
 from tests.memory import FOLDER, MemoryFolder, read
 from tests.power_cuts import crash_states

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from qcowfs.cache import SliceStore, TableCache
 from qcowfs.errors import CorruptImage, MetadataOverlap, UsageError
 from qcowfs.format.header import Header
 from qcowfs.format.words import Words
-from qcowfs.metadata_map import MetadataMap
-from qcowfs.refcounts import Refcounts
+from qcowfs.metadata.cache import SliceStore, TableCache
+from qcowfs.metadata.metadata_map import MetadataMap
+from qcowfs.metadata.refcounts import Refcounts
 from qcowfs.testing import MemoryHostFile
 from tests.asserting import raises_exactly
 from tests.host_files import poke_word, word

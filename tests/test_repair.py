@@ -12,7 +12,7 @@ from qcowfs.check.backup import BackedUpFile, restore
 from qcowfs.check.checker import inspect
 from qcowfs.check.repair import Wishes, repair
 from qcowfs.errors import CorruptImage, UsageError
-from qcowfs.hostfile import HostFile
+from qcowfs.host.hostfile import HostFile
 from qcowfs.testing import MemoryHostFile, Write
 from tests.asserting import raises_exactly
 from tests.host_files import place_of_entry, poke_word, word

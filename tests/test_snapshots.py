@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qcowfs.errors import CorruptImage, UsageError
 from qcowfs.format.header import Header
 from qcowfs.format.snapshot_table import Snapshot
-from qcowfs.snapshots import escape, file_names, find_snapshot, load_snapshots
+from qcowfs.metadata.snapshots import escape, file_names, find_snapshot, load_snapshots
 from qcowfs.testing import MemoryHostFile
 from tests import builders
 from tests.asserting import little_memory, raises_exactly

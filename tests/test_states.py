@@ -13,11 +13,11 @@ import pytest
 import trio
 import trio.testing
 
-from qcowfs import states
 from qcowfs.check import check
+from qcowfs.disk import states
+from qcowfs.disk.image import Image, OpenOptions
 from qcowfs.errors import CorruptImage, QcowError, ReadOnlyError, UnsupportedFeature, UsageError
 from qcowfs.format.snapshot_table import Snapshot
-from qcowfs.image import Image, OpenOptions
 from qcowfs.testing import MemoryHostFile
 from tests.builders import BIT_DATA_FILE, DATA_FILE_NAME, ImageBuilder, extension, poke, snapshot_record
 from tests.host_files import WaitingFile, open_file, poke_word, word, writer_of

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qcowfs.disk.image import Image
 from qcowfs.format.entries import COMPRESSED, COPIED, ZERO
-from qcowfs.image import Image
-from qcowfs.mapping import DATA, Extent
-from qcowfs.tables import Run, TableWalk
+from qcowfs.metadata.mapping import DATA, Extent
+from qcowfs.metadata.tables import Run, TableWalk
 from tests.builders import ImageBuilder
 from tests.memory import open_bytes
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcowfs.hostfile import HostFile, OsHostFile
+from qcowfs.host.hostfile import HostFile, OsHostFile
 from qcowfs.testing import MemoryHostFile
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcowfs.geometry import Geometry
+from qcowfs.metadata.usage import Usage
 from qcowfs.testing import MemoryHostFile
-from qcowfs.usage import Usage
 from tests.asserting import little_memory
 from tests.builders import BACKING_FORMAT, COPIED, ImageBuilder, deflate, extension, snapshot_record
 from tests.memory import MemoryFolder, open_bytes

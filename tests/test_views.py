@@ -7,8 +7,8 @@ import random
 
 import pytest
 
+from qcowfs.disk.image import OpenOptions
 from qcowfs.errors import CorruptImage
-from qcowfs.image import OpenOptions
 from tests.asserting import raises_exactly
 from tests.builders import (
     BACKING_FORMAT,

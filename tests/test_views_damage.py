@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
+from qcowfs.disk.image import Image, OpenOptions
 from qcowfs.errors import CorruptImage
-from qcowfs.image import Image, OpenOptions
 from tests.asserting import raises_exactly
 from tests.builders import BACKING_FORMAT, COPIED, ImageBuilder, deflate, extension
 from tests.memory import DISK, MemoryFolder, open_bytes, read
@@ -69,7 +69,7 @@ async def test_each_place_is_logged_once(caplog: pytest.LogCaptureFixture) -> No
             await read(disk, 2 * C, C)
     rule = f"the cluster lies past the end of the file ({len(data)} bytes)"
     text = text_of(2 * C, host, rule)
-    assert caplog.record_tuples == [("qcowfs.views", logging.ERROR, f"{text}; reads fail")]
+    assert caplog.record_tuples == [("qcowfs.data.views", logging.ERROR, f"{text}; reads fail")]
 
 
 async def test_zeros_for_lost_data_are_logged_as_such(caplog: pytest.LogCaptureFixture) -> None:

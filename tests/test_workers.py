@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import trio
 
-from qcowfs.workers import Turns, Workers
+from qcowfs.copying.workers import Turns, Workers
 
 
 async def numbers(count: int) -> AsyncIterator[int]:

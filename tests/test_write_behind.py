@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from qcowfs import syscalls
-from qcowfs.hostfile import OsHostFile
-from qcowfs.write_behind import CHUNK, WriteBehind
+from qcowfs.host import syscalls
+from qcowfs.host.hostfile import OsHostFile
+from qcowfs.host.write_behind import CHUNK, WriteBehind
 
 STEP = 1 << 20
 

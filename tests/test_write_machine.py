@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcowfs.check import check
-from qcowfs.image import OpenOptions
+from qcowfs.disk.image import OpenOptions
 from tests.memory import MemoryFolder
 from tests.power_cuts import WHOLE, Workload, read_saved
 from tests.shapes import SECTOR, Made, Shape, make, open_disk

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcowfs.check import check
-from qcowfs.hostfile import HostFile, ReadRequest, WriteRequest
-from qcowfs.image import Image, OpenOptions
-from qcowfs.keys import Keys
+from qcowfs.disk.image import Image, OpenOptions
+from qcowfs.disk.keys import Keys
+from qcowfs.host.hostfile import HostFile, ReadRequest, WriteRequest
 from qcowfs.testing import MemoryHostFile
 from tests.host_files import writer_of
 from tests.memory import FOLDER, read

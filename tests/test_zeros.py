@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcowfs.zeros import data_runs, first_data, first_difference, is_zero
+from qcowfs.data.zeros import data_runs, first_data, first_difference, is_zero
 
 UNIT = 1024
 BUFFERS = st.builds(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from qcowfs.errors import UsageError
 from qcowfs.geometry import SECTOR_SIZE
-from qcowfs.hostfile import FileFacts, HostFile, ReadRequest, Stretch, WriteRequest
+from qcowfs.host.hostfile import FileFacts, HostFile, ReadRequest, Stretch, WriteRequest
 
 MAGIC = b"qcowfs backup 1\n"
 _LENGTH = struct.Struct(">I")

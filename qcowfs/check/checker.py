@@ -14,7 +14,7 @@ from qcowfs.check.packed import inflate_all
 from qcowfs.check.subject import HEADER, Subject, open_subject
 from qcowfs.check.trees import Tree, Trees
 from qcowfs.check.walk import walk
-from qcowfs.hostfile import HostFile
+from qcowfs.host.hostfile import HostFile
 
 
 async def check(file: HostFile, *, data: bool = False) -> Report:

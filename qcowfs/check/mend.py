@@ -22,7 +22,7 @@ from qcowfs.check.walk import breaches
 from qcowfs.codecs.compression import inflater
 from qcowfs.errors import UsageError
 from qcowfs.format.entries import COMPRESSED, COPIED, ZERO
-from qcowfs.hostfile import HostFile, WriteRequest
+from qcowfs.host.hostfile import HostFile, WriteRequest
 
 FLAGS = frozenset({Cure.SET_COPIED, Cure.CLEAR_COPIED})
 LOSSLESS = frozenset({Cure.CLEAR_RESERVED, Cure.CLEAR_BITMAP, Cure.PLAIN_ZERO, Cure.CLIP})

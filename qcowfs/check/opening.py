@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qcowfs import locks
 from qcowfs.check.backup import BackedUpFile
-from qcowfs.hostfile import HostFile, OsHostFile
+from qcowfs.host import locks
+from qcowfs.host.hostfile import HostFile, OsHostFile
 
 
 @contextmanager

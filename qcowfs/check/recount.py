@@ -18,7 +18,7 @@ from qcowfs.check.counts import references_in
 from qcowfs.check.subject import REFCOUNT_BLOCK, REFCOUNT_TABLE, Subject
 from qcowfs.errors import CorruptImage, UsageError
 from qcowfs.format.header import MAX_REFCOUNT_TABLE_BYTES
-from qcowfs.hostfile import HostFile
+from qcowfs.host.hostfile import HostFile
 
 REFCOUNT_TABLE_FIELD, ORDER_FIELD = 48, 96
 _PLACE = struct.Struct(">QI")

@@ -26,7 +26,7 @@ from qcowfs.format.features import Autoclear, Incompatible
 from qcowfs.format.header import Header
 from qcowfs.format.snapshot_table import Snapshot
 from qcowfs.geometry import SECTOR_SIZE
-from qcowfs.hostfile import HostFile
+from qcowfs.host.hostfile import HostFile
 
 INCOMPATIBLE_FIELD, AUTOCLEAR_FIELD, SNAPSHOTS_FIELD = 72, 88, 60
 CHANGED_FIELDS, CHANGED_FIELDS_OF_V2 = (48, 104), (48, 72)

@@ -18,7 +18,7 @@ from qcowfs.errors import CorruptImage
 from qcowfs.format.features import refuse_unknown
 from qcowfs.format.header import Header
 from qcowfs.geometry import MAX_CLUSTER_BITS
-from qcowfs.hostfile import HostFile
+from qcowfs.host.hostfile import HostFile
 
 UNCLAIMED = 0
 AREAS = (

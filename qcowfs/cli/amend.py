@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from qcowfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from qcowfs.amend import Amendments
+    from qcowfs.disk.amend import Amendments
 
 OPTIONS = ("compat", "lazy_refcounts", "refcount_bits", "backing_file", "backing_fmt")
 _VERSIONS = {"v2": 2, "0.10": 2, "v3": 3, "1.1": 3}
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Change the image."""
     import trio
 
-    from qcowfs.amend import amend
+    from qcowfs.disk.amend import amend
 
     trio.run(amend, args.image, amendments(parse_options(args.options)))
     return 0
@@ -53,7 +53,7 @@ def parse_options(texts: list[str]) -> dict[str, str]:
 
 def amendments(values: dict[str, str]) -> Amendments:
     """What the values ask for; raises `UsageError` for those that make no sense."""
-    from qcowfs.amend import Amendments
+    from qcowfs.disk.amend import Amendments
 
     name = values.get("backing_file")
     return Amendments(

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     import trio
 
     from qcowfs.cli.exits import complain
-    from qcowfs.info import read_bitmaps
+    from qcowfs.disk.info import read_bitmaps
 
     found = trio.run(read_bitmaps, args.image, printable(os.fsencode(args.image)), complain)
     if args.json:

@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> int:
 
     import trio
 
-    from qcowfs.backing import BackingPolicy
-    from qcowfs.commit import commit
+    from qcowfs.data.backing import BackingPolicy
+    from qcowfs.overlay.commit import commit
 
     keys = key_options.make_keys(args)
     written = trio.run(partial(commit, args.image, BackingPolicy(), keep=args.keep, keys=keys))

@@ -14,7 +14,7 @@ from qcowfs.cli import progress, source_options
 from qcowfs.cli.exits import EXIT_OK, EXIT_USAGE, complain
 
 if TYPE_CHECKING:
-    from qcowfs.compare import Verdict
+    from qcowfs.copying.compare import Verdict
 
 EXIT_DIFFERENT = 1
 
@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _compare(args: argparse.Namespace) -> Verdict:
-    from qcowfs.compare import compare
-    from qcowfs.disks import open_disk
+    from qcowfs.copying.compare import compare
+    from qcowfs.disk.disks import open_disk
 
     options = source_options.open_options(args)
     async with (

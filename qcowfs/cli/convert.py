@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _convert(args: argparse.Namespace) -> None:
-    from qcowfs.convert import Copying, convert
-    from qcowfs.disks import open_disk
+    from qcowfs.copying.convert import Copying, convert
+    from qcowfs.disk.disks import open_disk
 
     target = Path(args.target)
     form = args.target_format or _SUFFIXES.get(target.suffix, "raw")

@@ -13,7 +13,7 @@ from qcowfs.cli import creation_options, key_options, progress
 from qcowfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from qcowfs.creation import Creation
+    from qcowfs.creation.form import Creation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _size(text: str | None, form: Creation) -> int | None:
-    from qcowfs.creation import parse_size
+    from qcowfs.creation.form import parse_size
 
     size = form.size if text is None else parse_size(text)
     if form.size not in (None, size):
@@ -60,9 +60,9 @@ async def _create(path: Path, form: Creation, size: int | None, args: argparse.N
     """Make the image while its backing file is open; returns the size of the disk."""
     from contextlib import AsyncExitStack
 
-    from qcowfs.create import create_image, round_up_to_sectors
-    from qcowfs.disks import open_backing_of
-    from qcowfs.image import OpenOptions
+    from qcowfs.creation.create import create_image, round_up_to_sectors
+    from qcowfs.disk.disks import open_backing_of
+    from qcowfs.disk.image import OpenOptions
 
     keys = key_options.make_keys(args)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qcowfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from qcowfs.creation import Creation
+    from qcowfs.creation.form import Creation
 
 HELP = (
     "creation options as qemu-img knows them: compat=v2|v3, cluster_size, refcount_bits, lazy_refcounts, "
@@ -73,7 +73,7 @@ def creation(args: argparse.Namespace) -> Creation:
 
 def from_fields(fields: list[str], **given: str) -> Creation:
     """The form that the texts after `-o` ask for, and what was given otherwise; raises `UsageError`."""
-    from qcowfs.creation import Creation
+    from qcowfs.creation.form import Creation
 
     words: dict[str, str] = {}
     for text in fields:

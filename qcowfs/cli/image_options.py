@@ -14,7 +14,7 @@ from qcowfs.cli import key_options
 from qcowfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from qcowfs.image import OpenOptions
+    from qcowfs.disk.image import OpenOptions
 
 _SIZE = re.compile(r"(\d+)(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -63,9 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_options(args: argparse.Namespace) -> OpenOptions:
     """What the options mean for opening."""
-    from qcowfs.backing import BackingPolicy
-    from qcowfs.cache import DEFAULT_CACHE_BYTES
-    from qcowfs.image import OpenOptions
+    from qcowfs.data.backing import BackingPolicy
+    from qcowfs.disk.image import OpenOptions
+    from qcowfs.metadata.cache import DEFAULT_CACHE_BYTES
 
     return OpenOptions(
         backing=BackingPolicy(refuse_all=args.no_backing, probe=args.probe_backing),

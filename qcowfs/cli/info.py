@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     import trio
 
     from qcowfs.cli.exits import complain
-    from qcowfs.info import read_info
+    from qcowfs.disk.info import read_info
 
     record = trio.run(read_info, Path(args.image), args.image, complain)
     if args.json:

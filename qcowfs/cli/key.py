@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """List or change the key slots."""
     import trio
 
-    from qcowfs import key_slots
+    from qcowfs.disk import key_slots
 
     if args.action == "list":
         _show(trio.run(key_slots.read_slots, args.image), as_json=args.json)
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _new_passphrase(args: argparse.Namespace) -> bytes:
-    from qcowfs.keys import read_key
+    from qcowfs.disk.keys import read_key
 
     if args.new_key_file is not None:
         return read_key(args.new_key_file)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from qcowfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from qcowfs.keys import Keys
+    from qcowfs.disk.keys import Keys
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -41,7 +41,7 @@ def make_keys(args: argparse.Namespace) -> Keys:
 
     Raises `UsageError` where they contradict each other, `OSError` where one cannot be read.
     """
-    from qcowfs.keys import Keys, read_key
+    from qcowfs.disk.keys import Keys, read_key
 
     by_name: dict[str, bytes] = {}
     defaults = [] if args.key_fd is None else [_read_descriptor(args.key_fd)]
@@ -64,7 +64,7 @@ def _split(word: str) -> tuple[str, str]:
 
 
 def _read_descriptor(number: int) -> bytes:
-    from qcowfs.keys import MAX_KEY_SIZE, checked_key
+    from qcowfs.disk.keys import MAX_KEY_SIZE, checked_key
 
     source = f"file descriptor {number}"
     try:

@@ -17,7 +17,7 @@ from qcowfs.cli.sizes import disk_size
 from qcowfs.errors import CorruptImage
 
 if TYPE_CHECKING:
-    from qcowfs.extents import DiskExtent
+    from qcowfs.disk.extents import DiskExtent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _show(args: argparse.Namespace) -> int:
-    from qcowfs.disks import open_disk
-    from qcowfs.extents import disk_extents
+    from qcowfs.disk.disks import open_disk
+    from qcowfs.disk.extents import disk_extents
 
     shown = _as_json if args.json else _as_line
     end = None if args.max_length is None else args.start_offset + args.max_length

@@ -18,8 +18,8 @@ from qcowfs.errors import UsageError
 from qcowfs.text import human, printable
 
 if TYPE_CHECKING:
-    from qcowfs.disks import Disk
-    from qcowfs.drawing import Drawing
+    from qcowfs.disk.disks import Disk
+    from qcowfs.picture.drawing import Drawing
 
 TERMINAL = "-"
 _TEXT_ROWS = 16
@@ -28,9 +28,9 @@ _NARROWEST, _WIDEST, _MARGIN = 20, 160, 12
 
 async def draw(args: argparse.Namespace) -> int:
     """Draw the disk into the file, or on the terminal."""
-    from qcowfs import picture
-    from qcowfs.disks import open_disk
-    from qcowfs.survey import survey
+    from qcowfs.disk.disks import open_disk
+    from qcowfs.picture import picture
+    from qcowfs.picture.survey import survey
 
     suffix = Path(args.picture).suffix
     if args.picture != TERMINAL and suffix not in (".svg", ".png"):
@@ -71,7 +71,7 @@ def _details(disk: Disk) -> str:
 
 
 async def _save(drawing: Drawing, suffix: str, args: argparse.Namespace) -> None:
-    from qcowfs.newfile import new_file
+    from qcowfs.host.newfile import new_file
 
     data = drawing.svg() if suffix == ".svg" else drawing.png()
     async with new_file(Path(args.picture), force=args.force) as file:

@@ -15,7 +15,7 @@ from qcowfs.cli.sizes import disk_size
 from qcowfs.errors import UsageError
 
 if TYPE_CHECKING:
-    from qcowfs.measure import Measure
+    from qcowfs.copying.measure import Measure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _measure(args: argparse.Namespace) -> Measure:
-    from qcowfs.create import round_up_to_sectors
-    from qcowfs.disks import open_disk
-    from qcowfs.measure import measure_copy, measure_empty, measure_raw
+    from qcowfs.copying.measure import measure_copy, measure_empty, measure_raw
+    from qcowfs.creation.create import round_up_to_sectors
+    from qcowfs.disk.disks import open_disk
 
     form = creation_options.from_fields(args.fields)
     if args.image is None:

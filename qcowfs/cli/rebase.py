@@ -31,9 +31,9 @@ def run(args: argparse.Namespace) -> int:
     """Put the overlay on the new backing file."""
     import trio
 
+    from qcowfs.disk.image import OpenOptions
     from qcowfs.errors import UsageError
-    from qcowfs.image import OpenOptions
-    from qcowfs.rebase import NewBacking, rebase, rebase_unsafely
+    from qcowfs.overlay.rebase import NewBacking, rebase, rebase_unsafely
 
     if args.backing and args.format is None:
         raise UsageError("declare the new backing file's format: --format qcow2 or --format raw")

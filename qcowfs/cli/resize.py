@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _on_image(args: argparse.Namespace) -> None:
-    from qcowfs import states
-    from qcowfs.image import Image, OpenOptions
+    from qcowfs.disk import states
+    from qcowfs.disk.image import Image, OpenOptions
 
     amount, relative = args.size
     image = await Image.open(args.target, OpenOptions(writable=True, keys=key_options.make_keys(args)))

@@ -7,7 +7,7 @@ import argparse
 
 def disk_size(text: str) -> int:
     """A size of any magnitude, such as 4096, 1.5G or 2P."""
-    from qcowfs.creation import parse_size
+    from qcowfs.creation.form import parse_size
     from qcowfs.errors import UsageError
 
     try:

@@ -16,7 +16,7 @@ from qcowfs.cli.image_options import absolute
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qcowfs.image import Image
+    from qcowfs.disk.image import Image
 
 ACTIONS = {
     "list": "show the snapshots",
@@ -96,7 +96,7 @@ def _order(args: argparse.Namespace) -> dict[str, Any]:
 
 async def _list_image(args: argparse.Namespace) -> list[dict[str, Any]]:
     from qcowfs.cli.exits import complain
-    from qcowfs.info import read_info
+    from qcowfs.disk.info import read_info
 
     found: list[dict[str, Any]] = (await read_info(args.target, str(args.target), complain)).get(
         "snapshots", []
@@ -105,7 +105,7 @@ async def _list_image(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 async def _on_image(args: argparse.Namespace) -> None:
-    from qcowfs.image import Image, OpenOptions
+    from qcowfs.disk.image import Image, OpenOptions
 
     image = await Image.open(args.target, OpenOptions(writable=True, keys=key_options.make_keys(args)))
     try:
@@ -115,8 +115,8 @@ async def _on_image(args: argparse.Namespace) -> None:
 
 
 async def _change(image: Image, args: argparse.Namespace) -> None:
-    from qcowfs import states
-    from qcowfs.snapshots import find_snapshot
+    from qcowfs.disk import states
+    from qcowfs.metadata.snapshots import find_snapshot
 
     if args.action == "create":
         await states.create_snapshot(image, os.fsencode(args.name))

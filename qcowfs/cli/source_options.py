@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qcowfs.cli import image_options
 
 if TYPE_CHECKING:
-    from qcowfs.image import OpenOptions
+    from qcowfs.disk.image import OpenOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from qcowfs.daemon.orders import LONGEST_ORDER, obey
 from qcowfs.daemon.replies import answers
 from qcowfs.daemon.tree import DiskFile, FactsFile
 from qcowfs.format.snapshot_table import Snapshot
-from qcowfs.snapshots import name_of
+from qcowfs.metadata.snapshots import name_of
 
 
 class ChangingOperations(Operations):

@@ -16,13 +16,13 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from qcowfs import states
 from qcowfs.daemon.holders import writers_of
 from qcowfs.daemon.tree import DISK_NAME, DiskFile, Tree
+from qcowfs.disk import states
+from qcowfs.disk.image import Image
 from qcowfs.errors import ImageInUse
 from qcowfs.format.snapshot_table import Snapshot
-from qcowfs.hostfile import run_in_thread
-from qcowfs.image import Image
+from qcowfs.host.hostfile import run_in_thread
 from qcowfs.text import quoted
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from qcowfs import errors
 from qcowfs.daemon.mountpoint import FACTS_FILE
-from qcowfs.info import describe_snapshot
-from qcowfs.snapshots import find_snapshot
+from qcowfs.disk.info import describe_snapshot
+from qcowfs.metadata.snapshots import find_snapshot
 
 if TYPE_CHECKING:
     from qcowfs.daemon.control import Control

@@ -24,9 +24,9 @@ from qcowfs.daemon.notify import notify_systemd
 from qcowfs.daemon.operations import Ownership
 from qcowfs.daemon.tree import DISK_NAME, Tree
 from qcowfs.daemon.write_back import serve_under_memory_pressure, write_back_when_idle
+from qcowfs.disk.image import Image, OpenOptions
 from qcowfs.errors import MountError, QcowError
-from qcowfs.hostfile import run_in_thread
-from qcowfs.image import Image, OpenOptions
+from qcowfs.host.hostfile import run_in_thread
 
 log = logging.getLogger(__name__)
 

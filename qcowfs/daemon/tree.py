@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
+from qcowfs.data.views import ImageView
+from qcowfs.disk.image import Image
+from qcowfs.disk.live import DiskWriter
 from qcowfs.format.snapshot_table import Snapshot
-from qcowfs.image import Image
-from qcowfs.live import DiskWriter
-from qcowfs.snapshots import file_name
-from qcowfs.views import ImageView
+from qcowfs.metadata.snapshots import file_name
 
 ROOT_INODE = 1
 DISK_NAME = b"disk.raw"

@@ -10,8 +10,8 @@ import os
 
 import trio
 
-from qcowfs.live import DiskWriter
-from qcowfs.syscalls import set_io_flusher
+from qcowfs.disk.live import DiskWriter
+from qcowfs.host.syscalls import set_io_flusher
 
 log = logging.getLogger(__name__)
 

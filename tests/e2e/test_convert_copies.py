@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from qcowfs import convert as converting
-from qcowfs.creation import Creation
-from qcowfs.disks import open_disk
+from qcowfs.copying import convert as converting
+from qcowfs.creation.form import Creation
+from qcowfs.disk.disks import open_disk
 from tests.e2e.tools import run
 
 SIZE = (5 << 20) + 512

@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from qcowfs.disks import open_disk
-from qcowfs.drawing import Box, Drawing, Text
-from qcowfs.picture import COLOURS, LABELS
-from qcowfs.survey import KINDS, survey
+from qcowfs.disk.disks import open_disk
+from qcowfs.picture.drawing import Box, Drawing, Text
+from qcowfs.picture.picture import COLOURS, LABELS
+from qcowfs.picture.survey import KINDS, survey
 from tests.e2e.tools import KIB, MIB, create, l2_entry_at, poke_word, qcowfs, qemu_img, qemu_io
 
 

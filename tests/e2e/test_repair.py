@@ -14,9 +14,9 @@ import trio
 
 from qcowfs.check.opening import opened
 from qcowfs.cli.main import main
+from qcowfs.data.views import ImageView
+from qcowfs.disk.image import Image
 from qcowfs.errors import CorruptImage
-from qcowfs.image import Image
-from qcowfs.views import ImageView
 from tests.e2e.damages import COPIED, DAMAGES, INCOMPATIBLE_AT, block_at, make_sound
 from tests.e2e.tools import (
     KIB,

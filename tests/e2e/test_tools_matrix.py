@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from qcowfs.compare import compare
-from qcowfs.convert import Copying, convert
-from qcowfs.creation import Creation
-from qcowfs.disks import Disk, open_disk
-from qcowfs.extents import disk_extents
-from qcowfs.image import OpenOptions
-from qcowfs.measure import measure_copy
+from qcowfs.copying.compare import compare
+from qcowfs.copying.convert import Copying, convert
+from qcowfs.copying.measure import measure_copy
+from qcowfs.creation.form import Creation
+from qcowfs.disk.disks import Disk, open_disk
+from qcowfs.disk.extents import disk_extents
+from qcowfs.disk.image import OpenOptions
 from tests.e2e.kinds import Form, Made, kinds_for
 from tests.e2e.tools import KIB, MIB, as_raw, assert_same, edits, qemu_img, qemu_io, run
 

@@ -1,0 +1,129 @@
+"""Copying a disk into a new file.
+
+Owns the workers and the choice of target. Must not know formats' details: what is copied is in `pieces`,
+where it goes in `targets`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qcowfs.codecs.compression import compressor
+from qcowfs.copying.pieces import Piece, Span, data_pieces, read_span
+from qcowfs.copying.targets import CompressedTarget, Encrypt, ImageTarget, RawTarget, Target
+from qcowfs.copying.workers import Turns, Workers
+from qcowfs.creation.create import round_up_to_sectors, store_luks_area
+from qcowfs.creation.form import Creation
+from qcowfs.disk.disks import Disk
+from qcowfs.errors import UsageError
+from qcowfs.geometry import sector_index
+from qcowfs.host.hostfile import OsHostFile
+from qcowfs.host.newfile import new_file
+
+Report = Callable[[int, int], None]
+"""Called now and then with the bytes done and all bytes there are to do."""
+
+
+@dataclass(frozen=True)
+class Copying:
+    """How a disk is copied: into an image of the form `image` or, where that is None, into a raw file.
+
+    With `compress` an image's clusters are compressed, at `level` if that is given. `threads` copy at a
+    time. `force` replaces a file that is there. `passphrase` will open an encrypted image.
+    """
+
+    image: Creation | None = None
+    compress: bool = False
+    level: int | None = None
+    threads: int | None = None
+    force: bool = False
+    passphrase: bytes | None = field(default=None, repr=False)
+
+    def check(self) -> None:
+        """Raise `UsageError` where these do not go together."""
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"{self.threads} threads: must be at least 1")
+        if self.image is None and self.compress:
+            raise UsageError("-c: raw files cannot be compressed; add -O qcow2")
+        if self.image is None:
+            return
+        if self.image.backing_file is not None:
+            raise UsageError("backing_file: a copy stands on its own; qcowfs create makes overlays")
+        if self.image.data_file is not None and self.compress:
+            raise UsageError("-c: an external data file cannot hold compressed clusters")
+        if self.keeps_zeros and self.compress:
+            raise UsageError(f"-c: preallocation={self.image.preallocation} does not go with it")
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Whether clusters of zeros get a place as well."""
+        return self.image is not None and self.image.preallocation != "off"
+
+
+async def convert(disk: Disk, path: Path, copying: Copying, report: Report | None = None) -> None:
+    """Copy a disk into the new file `path`, which appears when it is whole.
+
+    Raises `CorruptImage` for damage in the source, other `QcowError`s with one line, and `OSError` as
+    the host does.
+    """
+    copying.check()
+    size = round_up_to_sectors(disk.size)
+    async with AsyncExitStack() as stack:
+        turns = Turns()
+        target = await _make_target(stack, path, size, copying, turns)
+        workers = Workers(
+            copying.threads or os.cpu_count() or 1, lambda: _copier(disk, target, report), turns
+        )
+        pieces = data_pieces(disk, target.unit, target.most, everything=copying.keeps_zeros)
+        await workers.run(pieces)
+        await target.finish()
+    if report is not None:
+        report(size, size)
+
+
+async def _make_target(
+    stack: AsyncExitStack, path: Path, size: int, copying: Copying, turns: Turns
+) -> Target:
+    file = await stack.enter_async_context(new_file(path, force=copying.force, sync=False))
+    form = copying.image
+    if form is None:
+        return RawTarget(file, size)
+    encrypt = await _make_encrypt(file, form, copying.passphrase)
+    if copying.compress:
+        compress = compressor(form.compression_type, copying.level)
+        return CompressedTarget(file, form, size, turns, compress, encrypt)
+    data = None
+    if form.data_file is not None:
+        named = new_file(Path(form.data_file), force=copying.force, sync=False)
+        data = await stack.enter_async_context(named)
+    return ImageTarget(file, form, size, turns, data, encrypt)
+
+
+async def _make_encrypt(file: OsHostFile, form: Creation, passphrase: bytes | None) -> Encrypt | None:
+    """How clusters are encrypted, with a new LUKS area in the file, if the form asks for that."""
+    volume = await store_luks_area(file, form, passphrase)
+    if volume is None:
+        return None
+    from qcowfs.codecs.encryption import make_cipher
+
+    cipher = make_cipher(volume.header.cipher, volume.header.mode, volume.master_key)
+    return lambda host, data: cipher.encrypt(data, sector_index(host))
+
+
+def _copier(disk: Disk, target: Target, report: Report | None) -> Callable[[Piece], None]:
+    """The function by which one worker copies pieces, with a buffer of its own."""
+    buffer = memoryview(bytearray(target.most))
+
+    def read(span: Span, part: memoryview) -> None:
+        read_span(span, disk, part)
+
+    def copy(piece: Piece) -> None:
+        target.take(piece, buffer[: piece.length], read)
+        if report is not None:
+            report(piece.end, disk.size)
+
+    return copy

@@ -1,0 +1,113 @@
+"""Worker threads that share out numbered pieces of work and pass, one after the other, through a narrow part.
+
+Owns the threads' lives: they end when the work does, when one fails, or when it is called off. Must not know
+what the work is.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Generic, TypeVar
+
+import trio
+
+from qcowfs.host.hostfile import run_in_thread
+
+T = TypeVar("T")
+_WAITING = 64
+
+
+class CalledOff(Exception):
+    """The work ended early, for a reason that is told elsewhere."""
+
+
+class Turns:
+    """The narrow part: threads pass it in the order of their pieces' numbers."""
+
+    def __init__(self) -> None:
+        """Number 0 goes first."""
+        self._next = 0
+        self._off = False
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def turn(self, number: int) -> Iterator[None]:
+        """Hold the narrow part, after all lower numbers. Raises `CalledOff` where they will not come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next == number or self._off)
+            if self._off:
+                raise CalledOff
+            yield
+            self._next += 1
+            self._changed.notify_all()
+
+    def call_off(self) -> None:
+        """Let nobody wait any longer."""
+        with self._changed:
+            self._off = True
+            self._changed.notify_all()
+
+
+class Workers(Generic[T]):
+    """Threads that take pieces from an asynchronous source until there are no more."""
+
+    def __init__(self, count: int, make: Callable[[], Callable[[T], None]], turns: Turns) -> None:
+        """`make` is called in each of `count` threads and gives the function that does a piece."""
+        self._count = count
+        self._make = make
+        self._turns = turns
+        self._queue: queue.Queue[T | None] = queue.Queue(_WAITING)
+        self._failure: list[BaseException] = []
+        self._off = False
+
+    async def run(self, pieces: AsyncIterator[T]) -> None:
+        """Return when every piece is done; raises what the first failing thread raised."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(self._count):
+                nursery.start_soon(run_in_thread, self._work)
+            try:
+                async for piece in pieces:
+                    await self._put(piece)
+                    if self._off:
+                        break
+                for _ in range(self._count):
+                    await self._put(None)
+            except BaseException:
+                self._call_off()
+                raise
+        if self._failure:
+            raise self._failure[0]
+
+    async def _put(self, piece: T | None) -> None:
+        try:
+            self._queue.put_nowait(piece)
+        except queue.Full:
+            await run_in_thread(self._queue.put, piece)
+
+    def _call_off(self) -> None:
+        """Have the threads end soon, whatever waits in the queue."""
+        self._off = True
+        self._turns.call_off()
+        with suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+        for _ in range(self._count):
+            self._queue.put_nowait(None)
+
+    def _work(self) -> None:
+        """In a thread: do pieces; after a failure anywhere, only take them from the queue."""
+        do: Callable[[T], None] | None = None
+        while (piece := self._queue.get()) is not None:
+            if self._off:
+                continue
+            try:
+                do = do or self._make()
+                do(piece)
+            except BaseException as error:
+                if not isinstance(error, CalledOff):
+                    self._failure.append(error)
+                self._off = True
+                self._turns.call_off()

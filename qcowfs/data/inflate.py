@@ -1,0 +1,153 @@
+"""Compressed clusters, read and inflated in threads, into a bounded cache.
+
+Owns that each is inflated once and how the work is spread over threads. Must not know L2 tables or
+guest offsets: a cluster is named by its host offset and stored length.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+import trio
+
+from qcowfs.codecs.compression import inflater
+from qcowfs.errors import CorruptImage
+from qcowfs.geometry import Geometry
+from qcowfs.host.hostfile import HostFile, run_in_thread
+from qcowfs.metadata.lru import BoundedStore
+
+DEFAULT_CACHE_BYTES = 16 << 20
+SPARE_SIZE = 1 << 20
+MOST_SPARE = 8
+"""Buffers for stored bytes that are kept, and how large: a fresh one costs its zeroing and page faults."""
+STORED_GAP = 4096
+"""Stored clusters this close to each other are read by one request."""
+
+Stored = tuple[int, int]
+"""Host offset and stored length at most of one compressed cluster."""
+Inflated = bytes | CorruptImage
+Piece = tuple[Stored, memoryview]
+InflatedStore = BoundedStore[tuple[int, Stored], bytes]
+
+
+class InflatedClusters:
+    """Inflated clusters of one image, kept in a store that others may share."""
+
+    def __init__(
+        self, file: HostFile, geometry: Geometry, compression_type: int, store: InflatedStore
+    ) -> None:
+        """Inflate clusters of `file` and keep them in `store`."""
+        self._file = file
+        self._size = geometry.cluster_size
+        self._inflate = inflater(compression_type)
+        self._store = store
+        self._loading: dict[Stored, trio.Event] = {}
+        self._threads = os.cpu_count() or 1
+        self._spare: list[bytearray] = []
+
+    async def get(self, wanted: Sequence[Stored]) -> dict[Stored, Inflated]:
+        """Every wanted cluster, or the `CorruptImage` that tells why it cannot be had.
+
+        Raises `OSError` as the host does.
+        """
+        found: dict[Stored, Inflated] = {}
+        missing = []
+        for stored in wanted:
+            cluster = self._store.get((id(self), stored))
+            if cluster is None:
+                missing.append(stored)
+            else:
+                found[stored] = cluster
+        if missing:
+            await self._load(dict.fromkeys(missing), found)
+        return found
+
+    async def _load(self, missing: Iterable[Stored], found: dict[Stored, Inflated]) -> None:
+        """Inflate what nobody is inflating yet, then wait for what others were."""
+        others = [stored for stored in missing if stored in self._loading]
+        own = [stored for stored in missing if stored not in self._loading]
+        for stored in own:
+            self._loading[stored] = trio.Event()
+        try:
+            if own:
+                found.update(await self._inflate_all(own))
+                self._keep(found, own)
+        finally:
+            for stored in own:
+                self._loading.pop(stored).set()
+        for stored in others:
+            if (event := self._loading.get(stored)) is not None:
+                await event.wait()
+        if others:
+            found.update(await self.get(others))
+
+    async def _inflate_all(self, wanted: list[Stored]) -> dict[Stored, Inflated]:
+        """Read the stored bytes, then inflate them in as many threads as there are processors."""
+        buffers: list[bytearray] = []
+        try:
+            return await self._inflate_pieces(await self._read(wanted, buffers))
+        finally:
+            kept = [buffer for buffer in buffers if len(buffer) == SPARE_SIZE]
+            self._spare += kept[: MOST_SPARE - len(self._spare)]
+
+    async def _inflate_pieces(self, pieces: list[Piece]) -> dict[Stored, Inflated]:
+        share = -(-len(pieces) // self._threads)
+        results: dict[Stored, Inflated] = {}
+
+        async def work(part: list[Piece]) -> None:
+            results.update(await run_in_thread(self._inflate_some, part))
+
+        if share == len(pieces):
+            await work(pieces)
+            return results
+        async with trio.open_nursery() as nursery:
+            for start in range(0, len(pieces), share):
+                nursery.start_soon(work, pieces[start : start + share])
+        return results
+
+    async def _read(self, wanted: list[Stored], buffers: list[bytearray]) -> list[Piece]:
+        """The stored bytes of each cluster, in `buffers`; neighbours are read by one request."""
+        pieces: list[Piece] = []
+        requests = []
+        for run in _runs(sorted(wanted)):
+            start = run[0][0]
+            length = max(o + n for o, n in run) - start
+            buffers.append(self._spare.pop() if self._spare and length <= SPARE_SIZE else _fresh(length))
+            buffer = memoryview(buffers[-1])[:length]
+            requests.append((start, buffer))
+            pieces += [((o, n), buffer[o - start : o - start + n]) for o, n in run]
+        await self._file.read_into(requests)
+        return pieces
+
+    def _inflate_some(self, pieces: list[Piece]) -> dict[Stored, Inflated]:
+        results: dict[Stored, Inflated] = {}
+        for stored, data in pieces:
+            try:
+                results[stored] = self._inflate(data, self._size)
+            except CorruptImage as error:
+                results[stored] = error
+        return results
+
+    def _keep(self, found: dict[Stored, Inflated], own: list[Stored]) -> None:
+        for stored in own:
+            cluster = found[stored]
+            if isinstance(cluster, bytes):
+                self._store.put((id(self), stored), cluster, self._size)
+
+
+def _fresh(length: int) -> bytearray:
+    """A buffer for stored bytes, as large as a spare one at least."""
+    return bytearray(max(length, SPARE_SIZE))
+
+
+def _runs(ordered: list[Stored]) -> list[list[Stored]]:
+    """Stored clusters in runs whose members follow each other closely in the host file."""
+    runs: list[list[Stored]] = []
+    end = 0
+    for offset, length in ordered:
+        if not runs or offset > end + STORED_GAP:
+            runs.append([])
+        runs[-1].append((offset, length))
+        end = max(end, offset + length) if len(runs[-1]) > 1 else offset + length
+    return runs

@@ -1,0 +1,123 @@
+"""The key slots of a LUKS image: listed, added and removed.
+
+Owns the order of writes: a crash leaves an image that still opens by every passphrase that it should. Must
+not know where passphrases come from. A new slot's key material is on disk before the slot says that it is in
+use; an old one's is overwritten before the slot says that it is not.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from qcowfs.codecs.luks_keys import seal
+from qcowfs.disk.image import read_header
+from qcowfs.disk.keys import Keys
+from qcowfs.disk.unlocking import LuksArea, load_area, unlock_area
+from qcowfs.errors import UnsupportedFeature, UsageError
+from qcowfs.format.header import CRYPT_LUKS
+from qcowfs.format.luks import SLOTS, KeySlot, slot_position
+from qcowfs.host import locks
+from qcowfs.host.hostfile import OsHostFile, run_in_thread
+
+_OVERWRITES = 3
+"""How often key material is overwritten before its slot is given up."""
+
+
+@dataclass
+class _Open:
+    """An image whose key slots are changed."""
+
+    label: str
+    file: OsHostFile
+    area: LuksArea
+
+    async def store_slot(self, number: int, slot: KeySlot) -> None:
+        """Write the slot alone, so that the rest of the header stays as its maker wrote it."""
+        await self.file.write_from([(self.area.offset + slot_position(number), slot.pack())])
+        await self.file.sync()
+
+    async def store_material(self, slot: KeySlot, material: bytes) -> None:
+        await self.file.write_from([(self.area.offset + slot.key_offset, material)])
+        await self.file.sync()
+
+    async def unlock(self, keys: Keys) -> tuple[int, bytes]:
+        passphrase = keys.get(self.file.name, self.label, "LUKS")
+        return await unlock_area(self.file, self.area, passphrase, self.label)
+
+
+@asynccontextmanager
+async def _opened(path: Path, *, writable: bool) -> AsyncIterator[_Open]:
+    """The image at `path` with QEMU's locks taken, so that nobody else changes it."""
+    file = OsHostFile.open(path, writable=writable)
+    try:
+        locks.acquire(file.fd, file.name, locks.WRITER if writable else locks.READER)
+        label = str(path)
+        header = await read_header(file, label)
+        if header.crypt_method != CRYPT_LUKS:
+            raise UnsupportedFeature(f"{label}: has no key slots, since it is not encrypted by LUKS")
+        yield _Open(label, file, await load_area(file, header, label))
+    finally:
+        file.close()
+
+
+async def read_slots(path: Path) -> tuple[KeySlot, ...]:
+    """The key slots of an image. Raises `QcowError`, `OSError` as the host does."""
+    async with _opened(path, writable=False) as image:
+        return image.area.header.slots
+
+
+async def add_key(path: Path, keys: Keys, new: bytes, *, iter_time: float, slot: int | None = None) -> int:
+    """Let one more passphrase open the image, in some `iter_time` seconds; the number of its slot.
+
+    Raises `UsageError` where no slot is free, `BadPassphrase` where `keys` do not open the image.
+    """
+    async with _opened(path, writable=True) as image:
+        _, master_key = await image.unlock(keys)
+        header = image.area.header
+        number = _free_slot(image, slot)
+        sealed, material = await run_in_thread(partial(seal, header, number, new, master_key, iter_time))
+        await image.store_material(sealed.slots[number], material)
+        await image.store_slot(number, sealed.slots[number])
+        return number
+
+
+def _free_slot(image: _Open, wanted: int | None) -> int:
+    slots = image.area.header.slots
+    if wanted is not None and slots[_checked(image, wanted)].active:
+        raise UsageError(f"{image.label}: key slot {wanted} is in use; remove its key first")
+    free = [n for n, slot in enumerate(slots) if not slot.active and wanted in (None, n)]
+    if not free:
+        raise UsageError(f"{image.label}: all {SLOTS} key slots are in use; remove a key first")
+    return free[0]
+
+
+def _checked(image: _Open, number: int) -> int:
+    if not 0 <= number < SLOTS:
+        raise UsageError(f"{image.label}: has key slots 0 to {SLOTS - 1}, none of number {number}")
+    return number
+
+
+async def remove_key(path: Path, keys: Keys, slot: int | None = None) -> int:
+    """Take a key away: that of the passphrase that `keys` have, or with its help that of another slot.
+
+    Raises `UsageError` for the last key, without which nobody could read the image again.
+    """
+    async with _opened(path, writable=True) as image:
+        opened, _ = await image.unlock(keys)
+        number = opened if slot is None else _checked(image, slot)
+        header = image.area.header
+        old = header.slots[number]
+        if not old.active:
+            raise UsageError(f"{image.label}: key slot {number} is not in use")
+        if sum(s.active for s in header.slots) == 1:
+            raise UsageError(f"{image.label}: key slot {number} has the last key; add another one first")
+        for _ in range(_OVERWRITES):
+            await image.store_material(old, secrets.token_bytes(header.material_size))
+        empty = replace(old, active=False, iterations=0, salt=bytes(len(old.salt)))
+        await image.store_slot(number, empty)
+        return number

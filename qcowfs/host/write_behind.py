@@ -1,0 +1,50 @@
+"""Long runs of data sent to the disk while more are still coming, so that the sync at their end is short.
+
+Owns when the host is told to begin writing its page cache out, and the thread that tells it. Must not know
+what is written. It only starts what the host would do by itself later; nothing is on disk before a sync.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from qcowfs.host import syscalls
+
+CHUNK = 8 << 20
+"""Bytes written close to each other before the host is told: enough for the disk to be busy with."""
+_SPARSEST = 2
+"""How much larger than what was written the range may be: random writes may well come again."""
+
+
+class WriteBehind:
+    """Watches what is written to one file descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        """Watch from now on; the descriptor stays the caller's."""
+        self._fd = fd
+        self._lock = threading.Lock()
+        self._start = self._end = self._written = 0
+        self._pool: ThreadPoolExecutor | None = None
+        self._started: Future[None] | None = None
+
+    def note(self, offset: int, length: int) -> None:
+        """Note that bytes were written; may be called from any thread, and never waits for the disk."""
+        with self._lock:
+            self._written += length
+            self._start, self._end = min(self._start, offset), max(self._end, offset + length)
+            size = self._end - self._start
+            if size > _SPARSEST * max(self._written, CHUNK):
+                self._start, self._end, self._written = offset, offset + length, length
+            elif self._written >= CHUNK and (self._started is None or self._started.done()):
+                self._begin(self._start, size)
+                self._start, self._written = self._end, 0
+
+    def _begin(self, start: int, length: int) -> None:
+        self._pool = self._pool or ThreadPoolExecutor(1, "write-behind")
+        self._started = self._pool.submit(syscalls.begin_writing, self._fd, start, length)
+
+    def close(self) -> None:
+        """Wait until the thread no longer uses the descriptor."""
+        if self._pool is not None:
+            self._pool.shutdown()

@@ -1,0 +1,4 @@
+"""Where a disk's data lies, as a picture: summed up, laid out, drawn.
+
+Must not know the command line.
+"""
