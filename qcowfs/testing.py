@@ -97,6 +97,13 @@ class MemoryHostFile:
         """Never: so that every write takes the general way."""
         return False
 
+    def descriptor_now(self) -> int | None:
+        """None: there is none."""
+        return None
+
+    def note_written(self, where: range, length: int) -> None:
+        """Nothing: nobody writes past this object."""
+
     async def write_from(self, requests: Sequence[WriteRequest]) -> None:
         """Write every buffer, growing the file; each is one entry of the log."""
         for offset, data in requests:

@@ -60,6 +60,13 @@ class BackedUpFile:
         del offset, data
         return False
 
+    def descriptor_now(self) -> int | None:
+        """None, since the backup comes first."""
+        return None
+
+    def note_written(self, where: range, length: int) -> None:
+        """Nothing: nobody writes past this object."""
+
     async def write_from(self, requests: Sequence[WriteRequest]) -> None:
         """Save what lies there, sync the backup, then write."""
         if not self._end:

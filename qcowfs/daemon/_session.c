@@ -6,18 +6,13 @@
  * taken and answered; what the answer is, Python's handlers say. Everything runs in the thread that serves
  * pyfuse3's loop, with the interpreter's lock held except while looking for the next request.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "_in_place.h"
 
-#define FUSE_USE_VERSION 31
-#define _FILE_OFFSET_BITS 64
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <fuse_lowlevel.h>
 #include <poll.h>
 #include <sched.h>
-#include <stdbool.h>
 #include <time.h>
 
 #undef fuse_session_new
@@ -90,6 +85,10 @@ static long long number(PyObject *handler, PyObject *result, bool *later) {
 }
 
 static void session_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t off, struct fuse_file_info *fi) {
+    if (read_in_place(req, size, off, fi)) {
+        answered = true;
+        return;
+    }
     PyObject *result = PyObject_CallFunction(
         on_read, "KLn", (unsigned long long)fi->fh, (long long)off, (Py_ssize_t)size);
     if (result != NULL && PyObject_CheckBuffer(result)) {
@@ -119,6 +118,11 @@ static void session_write(
         pyfuse3_ops.write_buf(req, ino, data, off, fi);
         return;
     }
+    if (write_in_place(req, data->buf[0].mem, data->buf[0].size, off, fi)) {
+        answered = true;
+        return;
+    }
+    end_write_permit();
     PyObject *view = PyMemoryView_FromMemory(data->buf[0].mem, (Py_ssize_t)data->buf[0].size, PyBUF_READ);
     PyObject *result = view == NULL ? NULL
         : PyObject_CallFunction(on_write, "KLN", (unsigned long long)fi->fh, (long long)off, view);
@@ -227,6 +231,7 @@ static void session_init(void *userdata, struct fuse_conn_info *conn) {
         pyfuse3_ops.init(userdata, conn);
     conn->want &= ~(unsigned)FUSE_CAP_ATOMIC_O_TRUNC; /* then the kernel asks for the size, and is told it */
     conn->want &= ~(unsigned)FUSE_CAP_SPLICE_READ;    /* a request is one read, and its data lie in memory */
+    conn->want |= conn->capable & FUSE_CAP_SPLICE_WRITE;
 }
 
 static size_t extended(const struct fuse_lowlevel_ops *ops, size_t size, struct fuse_lowlevel_ops *ours) {
@@ -323,6 +328,7 @@ void fuse_session_process_buf(struct fuse_session *session, const struct fuse_bu
         answered = false;
         real(session, buffer);
     }
+    end_permits();
     last_answer = now();
 }
 
@@ -330,10 +336,11 @@ void fuse_session_process_buf(struct fuse_session *session, const struct fuse_bu
 
 static PyObject *set_handlers(PyObject *self, PyObject *args) {
     (void)self;
-    PyObject *read, *write, *fallocate, *lseek;
-    if (!PyArg_ParseTuple(args, "OOOO", &read, &write, &fallocate, &lseek))
+    PyObject *read, *write, *written, *fallocate, *lseek;
+    if (!PyArg_ParseTuple(args, "OOOOO", &read, &write, &written, &fallocate, &lseek))
         return NULL;
-    Py_INCREF(args); /* keeps all four, for as long as the process may serve */
+    Py_INCREF(args); /* keeps them all, for as long as the process may serve */
+    set_listener(written);
     on_read = read, on_write = write, on_fallocate = fallocate, on_lseek = lseek;
     Py_RETURN_NONE;
 }
@@ -347,7 +354,9 @@ static PyObject *note_waiting(PyObject *self, PyObject *by) {
 }
 
 static PyMethodDef methods[] = {
-    {"set_handlers", set_handlers, METH_VARARGS, "Answer read, write, fallocate and lseek by these functions."},
+    {"set_handlers", set_handlers, METH_VARARGS, "Answer requests by these functions."},
+    {"permit_reads", permit_reads, METH_VARARGS, "Let clusters be read whose places are in a dictionary."},
+    {"permit_writes", permit_writes, METH_VARARGS, "Let clusters be overwritten whose places are there."},
     {"note_waiting", note_waiting, METH_O, "Add to the number of requests that wait for the scheduler."},
     {"reply_error", reply_error, METH_VARARGS, "Answer a request with an errno, 0 for success."},
     {"reply_offset", reply_offset, METH_VARARGS, "Answer an lseek request with an offset."},

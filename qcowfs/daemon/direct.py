@@ -6,8 +6,9 @@ holds the data until then. Must not know what a request does: that is `operation
 
 from __future__ import annotations
 
+import time
 import types
-from collections.abc import Awaitable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -21,6 +22,8 @@ from qcowfs.daemon.operations import MAX_READ, Ownership
 
 if TYPE_CHECKING:
     from qcowfs.daemon._session import Request
+    from qcowfs.data.views import ImageView
+    from qcowfs.disk.live import DiskWriter
 
 T = TypeVar("T")
 
@@ -62,7 +65,9 @@ class DirectOperations(ChangingOperations):
         super().__init__(control, ownership, facts)
         self._nursery = nursery
         self._session = session
-        session.set_handlers(self.begin_read, self.begin_write, self.begin_fallocate, self.begin_lseek)
+        session.set_handlers(
+            self.begin_read, self.begin_write, self.note_written, self.begin_fallocate, self.begin_lseek
+        )
         self._begun: Begun[Any] | None = None
         self._quick = memoryview(self._buffers.take())
 
@@ -75,12 +80,30 @@ class DirectOperations(ChangingOperations):
             except OSError:
                 found = None  # answered, and logged, below
             if found is not None:
+                self._permit(self._session.permit_reads, fh, node.view)
                 return found
         return self._begin(super().read(fh, off, size))
 
     def begin_write(self, fh: int, off: int, data: memoryview) -> int | None:
         """How many bytes were written, a negative errno, or None if pyfuse3's handler has to wait."""
-        return self._begin(super().write(fh, off, data))
+        answer = self._begin(super().write(fh, off, data))
+        node = self._handles.get(fh)
+        if answer is not None and answer > 0 and node is not None and node.writer is not None:
+            self._permit(self._session.permit_writes, fh, node.writer)
+        return answer
+
+    def _permit(self, permit: Callable[..., None], fh: int, disk: ImageView | DiskWriter) -> None:
+        """Let the compiled session do the next requests of this row that are like the one just done."""
+        found = disk.in_place()
+        if found is not None:
+            permit(fh, *found)
+
+    def note_written(self, count: int, length: int, low: int, high: int) -> None:
+        """Hear that the compiled session made `count` writes of `length` bytes in a range of the file."""
+        disk = self._tree.disk
+        if disk.writer is not None:
+            disk.writer.note_written(count, range(low, high), length)
+            disk.written_ns = time.time_ns()
 
     def _begin(self, coroutine: Coroutine[Any, Any, T]) -> T | int | None:
         try:

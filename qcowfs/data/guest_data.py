@@ -61,6 +61,12 @@ class DataPort(Protocol):
     async def write_from(self, requests: Sequence[DataWrite]) -> None:
         """Write every buffer whole, in order. Raises `OSError` as the host does."""
 
+    def descriptor_now(self) -> int | None:
+        """The file's descriptor, if others may read and overwrite plain data by it until the next await."""
+
+    def note_written(self, where: range, length: int) -> None:
+        """Note that so many bytes were written somewhere in a range of the file by the descriptor."""
+
 
 class PlainData:
     """Guest data that lies in its file as it is."""
@@ -96,6 +102,14 @@ class PlainData:
         """Write every buffer whole, in order. Raises `OSError` as the host does."""
         await self._file.write_from([(host, data) for _, host, data in requests])
 
+    def descriptor_now(self) -> int | None:
+        """The file's descriptor, as long as the file lends it."""
+        return self._file.descriptor_now()
+
+    def note_written(self, where: range, length: int) -> None:
+        """Note that so many bytes were written somewhere in a range of the file by the descriptor."""
+        self._file.note_written(where, length)
+
 
 class EncryptedData:
     """Guest data that is encrypted by sectors; to change a part of one, it is read and written whole."""
@@ -117,6 +131,13 @@ class EncryptedData:
     def readable_end(self, size: int) -> HostOffset:
         """The end of the last whole sector: what was never written would decrypt to noise."""
         return sector_start(size)
+
+    def descriptor_now(self) -> int | None:
+        """None: nobody else can decrypt."""
+        return None
+
+    def note_written(self, where: range, length: int) -> None:
+        """Nothing: nobody writes past this object."""
 
     def _number(self, guest: GuestOffset, host: HostOffset) -> int:
         """The sector number that the IV of the data at these offsets is made from."""

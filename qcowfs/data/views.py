@@ -13,6 +13,7 @@ import trio
 
 from qcowfs.data.backing import GuestReader
 from qcowfs.data.guest_data import DataPort, DataRead
+from qcowfs.data.in_place import InPlace
 from qcowfs.data.inflate import InflatedClusters
 from qcowfs.errors import CorruptImage, SnapshotGone
 from qcowfs.geometry import Geometry
@@ -100,6 +101,13 @@ class ImageView:
                 return None
         cached = host + length <= self._data_end and self._read_cached(guest, host, buffer)
         return buffer if cached else None
+
+    def in_place(self) -> InPlace | None:
+        """Where known clusters may be read past this view, until the next await."""
+        descriptor = None if self._gone else self._sources.data.descriptor_now()
+        if descriptor is None:
+            return None
+        return InPlace(self.mapping.places, self._sources.geometry.cluster_bits, descriptor, self.size)
 
     def is_zero_now(self, guest: int, length: int) -> bool:
         """Whether tables in memory tell that the range reads as zeros, whatever the data file holds."""

@@ -12,6 +12,7 @@ import trio
 
 from qcowfs.data.cluster_locks import ClusterLocks
 from qcowfs.data.guest_data import DataPort, DataWrite
+from qcowfs.data.in_place import InPlace
 from qcowfs.data.views import ImageView
 from qcowfs.errors import MetadataOverlap
 from qcowfs.format.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO, subcluster_bitmaps
@@ -20,10 +21,10 @@ from qcowfs.metadata.epochs import ReadEpochs
 from qcowfs.metadata.flush import Flusher
 from qcowfs.metadata.linking import Entry, Linker
 from qcowfs.metadata.metadata_map import MetadataMap
+from qcowfs.metadata.places import Places
 from qcowfs.metadata.refcounts import Refcounts
 
 MOST_DIRTY_BYTES = 8 << 20
-MOST_KNOWN = 1 << 15
 ALL_SUBCLUSTERS = (1 << SUBCLUSTERS) - 1
 
 
@@ -61,18 +62,30 @@ class Writer:
         self._to = target
         self._geometry = target.geometry
         self._locks = locks
-        self._known: dict[int, HostOffset] = {}
+        self._places = Places(self._look_up)
         self.linked = 0
         """Guest clusters that got a host cluster, less those that lost theirs."""
 
     def write_now(self, guest: GuestOffset, data: bytes | memoryview) -> bool:
         """Write bytes that lie in one cluster of our own, if that takes no waiting; whether it was done."""
-        start = self._known.get(guest >> self._geometry.cluster_bits)
+        start = self._places.known.get(guest >> self._geometry.cluster_bits)
         within = guest & (self._geometry.cluster_size - 1)
         if start is None or within + len(data) > self._geometry.cluster_size:
             return False
         self._to.flusher.note_write()
         return self._to.data.write_now(guest, start + within, data)
+
+    def in_place(self) -> InPlace | None:
+        """Where clusters of our own may be overwritten past this writer, until the next await."""
+        descriptor = self._to.data.descriptor_now()
+        if descriptor is None:
+            return None
+        return InPlace(self._places.known, self._geometry.cluster_bits, descriptor, self._view.size)
+
+    def note_written(self, where: range, length: int) -> None:
+        """Note that so many bytes were overwritten in place, in a range of the data file."""
+        self._to.data.note_written(where, length)
+        self._to.flusher.note_write()
 
     async def write(self, guest: GuestOffset, data: memoryview) -> None:
         """Write bytes; the range must lie within the disk.
@@ -111,12 +124,12 @@ class Writer:
 
     def _own_cluster(self, guest: GuestOffset) -> HostOffset | None:
         """Where the guest offset's cluster starts, if it may be written in place; never waits."""
-        number = guest >> self._geometry.cluster_bits
-        known = self._known.get(number)
-        if known is not None:
-            return known
+        return self._places.find(guest >> self._geometry.cluster_bits)
+
+    def _look_up(self, cluster: int) -> HostOffset | None:
+        guest = cluster << self._geometry.cluster_bits
         entry = self._linker.find(guest)
-        if not self._locks.is_free(number) or entry is None:
+        if not self._locks.is_free(cluster) or entry is None:
             return None
         start = entry.word & OFFSET_MASK
         whole = not self._geometry.extended_l2 or entry.bitmap == ALL_SUBCLUSTERS
@@ -125,9 +138,6 @@ class Writer:
             return None
         if not self._is_sound(guest, start):
             return None
-        if len(self._known) >= MOST_KNOWN:
-            self._known.clear()
-        self._known[number] = start
         return start
 
     def _refuse_unsound(self, guest: GuestOffset, entry: Entry) -> None:
@@ -333,7 +343,7 @@ class Writer:
 
     def link(self, guest: GuestOffset, entry: Entry) -> None:
         """Set a cluster's entry; its table must be ensured."""
-        self._known.pop(guest >> self._geometry.cluster_bits, None)
+        self._places.forget(guest >> self._geometry.cluster_bits)
         old = self._linker.get(guest)
         self.linked += bool(self._linker.clusters_of(entry)) - bool(self._linker.clusters_of(old))
         self._linker.set(guest, entry)

@@ -16,6 +16,7 @@ import trio
 
 from qcowfs.data.cluster_locks import ClusterLocks
 from qcowfs.data.guest_data import DataPort
+from qcowfs.data.in_place import InPlace
 from qcowfs.data.views import ImageView
 from qcowfs.data.writing import Target, Writer
 from qcowfs.data.zeroing import Zeroer, is_zero
@@ -95,15 +96,30 @@ class DiskWriter:
         self.writes = 0
         """How many changes were asked for so far."""
 
+    @property
+    def _may_write_now(self) -> bool:
+        return self._prepared and not self._incompatible & _CORRUPT and self._gate.is_open
+
     def write_now(self, guest: int, data: bytes | memoryview) -> bool:
         """Write bytes within the disk in place if that takes no waiting; False leaves it to `write`."""
-        if not self._prepared or self._incompatible & _CORRUPT or not self._gate.is_open:
+        if not self._may_write_now:
             return False
         if self._detect is not DetectZeroes.OFF and is_zero(data):
             return False
         self.writes += 1
         self._bitmaps.add(guest, len(data))
         return self._writer.write_now(guest, data)
+
+    def in_place(self) -> InPlace | None:
+        """Where clusters may be overwritten until the next await; None if each write has to be seen."""
+        if not self._may_write_now or self._detect is not DetectZeroes.OFF or self._bitmaps.keeps_any:
+            return None
+        return self._writer.in_place()
+
+    def note_written(self, count: int, where: range, length: int) -> None:
+        """Note that `count` writes of so many bytes were made in place, in a range of the data file."""
+        self.writes += count
+        self._writer.note_written(where, length)
 
     async def write(self, guest: int, data: bytes | bytearray | memoryview) -> None:
         """Write bytes at a guest offset. Raises `UsageError` for a range beyond the disk.

@@ -15,7 +15,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -24,6 +24,7 @@ import trio
 
 from qcowfs.errors import UsageError
 from qcowfs.host import syscalls
+from qcowfs.host.batches import batches
 from qcowfs.host.write_behind import WriteBehind
 
 log = logging.getLogger(__name__)
@@ -43,10 +44,6 @@ SLOW_WRITE_PAUSE = 0.25
 QUICK_SYNC = 0.001
 LITTLE = 1 << 18
 """Seconds and bytes: a sync is taken to be quick after one that was, with no more than this to write."""
-_MOST_PARTS = 1000
-"""Buffers that one call may write; the host's limit is 1024."""
-_MOST_AT_ONCE = 1 << 19
-"""Bytes of one such call: of much larger ones the page cache makes folios that it has to search room for."""
 _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("qQQQ")
 _CANNOT_CLONE = (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ETXTBSY)
@@ -89,6 +86,12 @@ class HostFile(Protocol):
 
     async def write_from(self, requests: Sequence[WriteRequest]) -> None:
         """Write every buffer whole, in order; the file grows as needed."""
+
+    def descriptor_now(self) -> int | None:
+        """The descriptor, if others may read and overwrite by it until the next await; who does notes it."""
+
+    def note_written(self, where: range, length: int) -> None:
+        """Note that so many bytes were written somewhere in a range by the descriptor."""
 
     async def find_next(self, offset: int, *, data: bool) -> int | None:
         """The first offset from `offset` on with data, or in a hole, as far as the host tells."""
@@ -247,6 +250,18 @@ class OsHostFile:
         self._write_blocking(requests)
         self._note_duration(start)
 
+    def descriptor_now(self) -> int | None:
+        """The descriptor, unless the page cache cannot be asked or the host holds writers back."""
+        if not self._nowait or time.monotonic() < self._inline_writes_after:
+            return None
+        return self._fd
+
+    def note_written(self, where: range, length: int) -> None:
+        """Note what a sync has to wait for, and what may be sent to the disk early."""
+        self._unsynced += length
+        if len(where) <= length:
+            self._write_behind.note(where.start, length)
+
     def _note_duration(self, start: float) -> None:
         end = time.monotonic()
         if end - start > SLOW_WRITE:
@@ -254,11 +269,10 @@ class OsHostFile:
 
     def _write_blocking(self, requests: Sequence[WriteRequest]) -> None:
         for offset, data in requests:
-            self._unsynced += len(data)
             done = os.pwrite(self._fd, data, offset)
             while done < len(data):
                 done += os.pwrite(self._fd, memoryview(data)[done:], offset + done)
-            self._write_behind.note(offset, len(data))
+            self.note_written(range(offset, offset + len(data)), len(data))
 
     async def find_next(self, offset: int, *, data: bool) -> int | None:
         """The first offset from `offset` on with data, or in a hole; the end of the file is one."""
@@ -309,7 +323,7 @@ class OsHostFile:
 
         One thread at a time: the host lets no more into a file, and those that wait keep a processor busy.
         """
-        for some in _batches(parts):
+        for some in batches(parts):
             length = sum(map(len, some))
             with self._one_writer:
                 done = os.pwritev(self._fd, some, offset)
@@ -372,21 +386,6 @@ async def run_in_thread(function: Callable[..., T], *args: object) -> T:
 def run_in_loop(function: Callable[..., Awaitable[T]], *args: object) -> T:
     """From a function that `run_in_thread` runs: await something in the event loop."""
     return trio.from_thread.run(function, *args)
-
-
-def _batches(parts: Sequence[memoryview]) -> Iterator[list[memoryview]]:
-    """The parts in lists that one call writes."""
-    some: list[memoryview] = []
-    room = _MOST_AT_ONCE
-    for part in parts:
-        for start in range(0, len(part), _MOST_AT_ONCE):
-            some.append(part[start : start + _MOST_AT_ONCE])
-            room -= len(some[-1])
-            if room <= 0 or len(some) == _MOST_PARTS:
-                yield some
-                some, room = [], _MOST_AT_ONCE
-    if some:
-        yield some
 
 
 def _kind_of(mode: int) -> str:

@@ -146,6 +146,11 @@ class KeptBitmaps:
         self._answer: bool | None = None
         self._lock = trio.Lock()
 
+    @property
+    def keeps_any(self) -> bool:
+        """Whether any bitmap wants to know of every change."""
+        return bool(self._kept)
+
     async def begin(self, label: str) -> bool:
         """Put the in-use flags on disk; whether the bitmaps stay right from now on.
 

@@ -21,6 +21,7 @@ from qcowfs.format.entries import (
 )
 from qcowfs.geometry import Geometry, GuestOffset, HostOffset
 from qcowfs.metadata.cache import TableCache
+from qcowfs.metadata.places import Places
 
 
 class ExtentKind(Enum):
@@ -51,8 +52,6 @@ class Extent(NamedTuple):
 
 DATA, ZERO_KIND, UNALLOCATED = ExtentKind.DATA, ExtentKind.ZERO, ExtentKind.UNALLOCATED
 COMPRESSED_KIND, LOST = ExtentKind.COMPRESSED, ExtentKind.LOST
-MOST_KNOWN = 1 << 15
-"""Clusters whose place is remembered for `Mapping.translate`: some 5 MiB of memory at most."""
 
 
 class Mapping:
@@ -77,7 +76,7 @@ class Mapping:
         self._l1_size = l1_size
         self._zero_flag_is_valid = version >= 3
         self._has_data_file = has_data_file
-        self._known: dict[int, HostOffset] = {}
+        self._places = Places(self._look_up)
         self._cluster_bits = geometry.cluster_bits
         self._in_cluster = geometry.cluster_size - 1
 
@@ -85,6 +84,11 @@ class Mapping:
     def l1_table(self) -> tuple[HostOffset, int]:
         """Host offset and number of entries of the L1 table."""
         return self._l1_table_offset, self._l1_size
+
+    @property
+    def places(self) -> dict[int, HostOffset]:
+        """Data clusters known so far, by index; what changes is forgotten at once."""
+        return self._places.known
 
     def translate(self, guest: int, length: int) -> HostOffset | None:
         """Where the range starts in the data file, if it lies in one data cluster known in memory.
@@ -94,14 +98,12 @@ class Mapping:
         within = guest & self._in_cluster
         if within + length > self._in_cluster + 1:
             return None
-        start = self._known.get(guest >> self._cluster_bits)
-        if start is None:
-            start = self._look_up(guest)
+        start = self._places.find(guest >> self._cluster_bits)
         return None if start is None else start + within
 
-    def _look_up(self, guest: int) -> HostOffset | None:
-        """The data cluster that the tables in memory name for the guest offset, which is remembered."""
-        geometry = self._geometry
+    def _look_up(self, cluster: int) -> HostOffset | None:
+        """Where the tables in memory say that the guest cluster's data lie."""
+        geometry, guest = self._geometry, cluster << self._cluster_bits
         try:
             l2_offset = self._get_l2_table(guest)
         except CorruptImage:
@@ -116,14 +118,11 @@ class Mapping:
         start = entry & OFFSET_MASK
         if entry & (COMPRESSED | ZERO) or not start or start & self._in_cluster:
             return None
-        if len(self._known) >= MOST_KNOWN:
-            self._known.clear()
-        self._known[guest >> self._cluster_bits] = start
         return start
 
     def forget(self, guest: int) -> None:
         """Let `translate` look the cluster up anew, since its entry has changed."""
-        self._known.pop(guest >> self._cluster_bits, None)
+        self._places.forget(guest >> self._cluster_bits)
 
     def get_extents(self, guest: int, length: int) -> list[Extent] | None:
         """What `resolve` answers if every table needed is in memory, else None."""

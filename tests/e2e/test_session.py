@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 from tests.e2e.mounts import mounted
 from tests.e2e.tools import KIB, MIB, assert_same, content, convert, create, qemu_img, run, until
-from tests.e2e.writes import assert_holds, assert_leaks_at_most, assert_sound, opened, put
+from tests.e2e.writes import assert_holds, assert_leaks_at_most, assert_on_disk, assert_sound, opened, put
 
 PART = 4 * MIB
 WORKERS = 4
@@ -62,6 +63,50 @@ def test_processes_that_read_and_write_at_once_each_see_their_own_bytes(tmp_path
         assert_same(mount.disk, twin)
     assert_sound(image)
     assert_holds(image, twin)
+
+
+@pytest.mark.parametrize("cluster_size", ["4k", "64k", "2M"])
+def test_small_and_large_requests_in_a_row_agree_with_a_twin(tmp_path: Path, cluster_size: str) -> None:
+    """Past the kernel's cache, so that each is a request to the daemon: known clusters, runs and gaps."""
+    raw = tmp_path / "raw"
+    model = bytearray(content(8 * MIB, cluster_size) + bytes(4 * MIB))
+    raw.write_bytes(model)
+    image = convert(raw, tmp_path / "image.qcow2", cluster_size=cluster_size)
+    source, buffer = random.Random(cluster_size), mmap.mmap(-1, MIB)
+    with mounted(image, writable=True) as mount:
+        with opened(mount.disk, os.O_RDWR | os.O_DIRECT) as fd:
+            for step in range(600):
+                size = source.choice([512, 4 * KIB, 32 * KIB, 64 * KIB, 200 * KIB, MIB])
+                at = source.randrange((len(model) - size) // 512 + 1) * 512
+                part = memoryview(buffer)[:size]
+                if source.random() < 0.4:
+                    part[:] = model[at : at + size] = source.randbytes(size)
+                    assert os.pwritev(fd, [part], at) == size
+                else:
+                    assert os.preadv(fd, [part], at) == size
+                    assert part == model[at : at + size], f"step {step}: {size} bytes at {at} differ"
+        raw.write_bytes(model)
+        assert_same(mount.disk, raw)
+    assert_sound(image)
+    assert_holds(image, raw)
+
+
+def test_what_was_overwritten_in_a_row_is_on_disk_after_a_sync_and_moves_the_time(tmp_path: Path) -> None:
+    raw, twin = tmp_path / "raw", tmp_path / "twin"
+    raw.write_bytes(content(MIB, "before"))
+    image = convert(raw, tmp_path / "image.qcow2")
+    model = bytearray(raw.read_bytes())
+    with mounted(image, writable=True) as mount:
+        before = mount.disk.stat().st_mtime_ns
+        with opened(mount.disk) as fd:
+            for at in range(0, MIB, 4 * KIB):
+                put(fd, at, b"after" * 100)
+                model[at : at + 500] = b"after" * 100
+            os.fsync(fd)
+            twin.write_bytes(model)
+            assert_on_disk(mount, twin)
+        assert mount.disk.stat().st_mtime_ns > before
+    assert_sound(image)
 
 
 def test_requests_that_wait_for_the_host_are_answered_right(tmp_path: Path) -> None:
