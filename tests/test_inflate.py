@@ -58,6 +58,46 @@ async def test_every_wanted_cluster_is_found(count: int) -> None:
     assert found == {place: cluster(number) for number, place in enumerate(places)}
 
 
+async def test_parts_are_filled_whether_the_cluster_is_in_memory_or_not() -> None:
+    data, places = stored_clusters(3)
+    clusters = clusters_of(CountedFile(data))
+    await clusters.get(places[:1])
+    buffers = [bytearray(7) for _ in range(4)]
+    wanted = {places[0]: [(0, memoryview(buffers[0]))], places[1]: [(SIZE - 7, memoryview(buffers[1]))]}
+    wanted[places[2]] = [(5, memoryview(buffer)) for buffer in buffers[2:]]
+    assert await clusters.fill(wanted) == {}
+    assert buffers == [bytearray([number]) * 7 for number in (0, 1, 2, 2)]
+
+
+async def test_two_readers_of_one_cluster_both_get_their_parts() -> None:
+    stored = deflate(cluster(9))
+    place, file = (0, len(stored)), SlowFile(stored)
+    clusters = clusters_of(file)
+    buffers = [bytearray(SIZE), bytearray(3)]
+
+    async def reader(buffer: bytearray) -> None:
+        assert await clusters.fill({place: [(0, memoryview(buffer))]}) == {}
+
+    async with trio.open_nursery() as nursery:
+        for buffer in buffers:
+            nursery.start_soon(reader, buffer)
+            await trio.testing.wait_all_tasks_blocked()
+        file.let_go.set()
+    assert buffers == [cluster(9), b"\x09" * 3]
+
+
+async def test_a_part_of_a_broken_cluster_stays_as_it_was_and_the_reason_is_told() -> None:
+    data, places = stored_clusters(1)
+    broken = (len(data), 100)
+    buffers = [bytearray(9), bytearray(b"untouched")]
+    wanted = {
+        place: [(0, memoryview(buffer))] for place, buffer in zip([*places, broken], buffers, strict=True)
+    }
+    failed = await clusters_of(CountedFile(data + b"\xff" * 100)).fill(wanted)
+    assert list(failed) == [broken]
+    assert buffers == [bytes(9), b"untouched"]
+
+
 async def test_nothing_wanted_is_nothing_read() -> None:
     file = CountedFile(b"")
     assert await clusters_of(file).get([]) == {}

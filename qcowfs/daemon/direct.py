@@ -79,9 +79,10 @@ class DirectOperations(ChangingOperations):
                 found = node.view.read_now(off, self._quick[:size])
             except OSError:
                 found = None  # answered, and logged, below
-            if found is not None:
-                self._permit(self._session.permit_reads, fh, node.view)
-                return found
+            if found is None:
+                return self._begin(super().read_waiting(fh, off, size))
+            self._permit(self._session.permit_reads, fh, node.view)
+            return found
         return self._begin(super().read(fh, off, size))
 
     def begin_write(self, fh: int, off: int, data: memoryview) -> int | None:

@@ -227,6 +227,14 @@ class Operations(Refusals):
         """Read guest bytes; short only at the end of the disk."""
         if fh == FACTS_HANDLE:
             return self._tree.facts.content[off : off + size]
+        return await self._read(fh, off, size, wait=False)
+
+    @answers
+    async def read_waiting(self, fh: int, off: int, size: int) -> memoryview | bytes:
+        """As `read`, of bytes that are known to take waiting."""
+        return await self._read(fh, off, size, wait=True)
+
+    async def _read(self, fh: int, off: int, size: int, *, wait: bool) -> memoryview | bytes:
         view = self._handles[fh].view
         length = min(size, view.size - off, MAX_READ)
         if length <= 0:
@@ -234,7 +242,7 @@ class Operations(Refusals):
         buffer = self._buffers.take()
         part = memoryview(buffer)[:length]
         try:
-            reply = view.read_now(off, part)
+            reply = None if wait else view.read_now(off, part)
             if reply is None:
                 await view.read_into(off, part)
                 reply = part

@@ -27,12 +27,15 @@ from qcowfs.daemon.write_back import serve_under_memory_pressure, write_back_whe
 from qcowfs.disk.image import Image, OpenOptions
 from qcowfs.errors import MountError, QcowError
 from qcowfs.host.hostfile import run_in_thread
+from qcowfs.host.syscalls import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
 DEFAULT_READ_AHEAD = 4 << 20
 MAX_BACKGROUND = 64
 _MIN_TASKS = 32
+_KEPT_MEMORY = 8 << 20
+"""Bytes: what inflating a request of the largest size takes, several times over."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ async def serve(path: Path, mount_point: Path, options: MountOptions, ready: Cal
     """
     mountpoint.check_fuse(allow_other=options.allow_other)
     mountpoint.prepare(mount_point)
+    keep_freed_memory(_KEPT_MEMORY)
     if options.open.writable:
         serve_under_memory_pressure()
     image = await Image.open(path, options.open)

@@ -28,6 +28,9 @@ Stored = tuple[int, int]
 """Host offset and stored length at most of one compressed cluster."""
 Inflated = bytes | CorruptImage
 Piece = tuple[Stored, memoryview]
+Part = tuple[int, memoryview]
+"""Where the wanted bytes start within a cluster, and the buffer to fill from there."""
+Parts = dict[Stored, list[Part]]
 InflatedStore = BoundedStore[tuple[int, Stored], bytes]
 
 
@@ -44,12 +47,28 @@ class InflatedClusters:
         self._store = store
         self._loading: dict[Stored, trio.Event] = {}
         self._threads = os.cpu_count() or 1
+        self._under_way = 0
         self._spare: list[bytearray] = []
 
-    async def get(self, wanted: Sequence[Stored]) -> dict[Stored, Inflated]:
-        """Every wanted cluster, or the `CorruptImage` that tells why it cannot be had.
+    async def fill(self, wanted: Parts) -> dict[Stored, CorruptImage]:
+        """Fill every part of the wanted clusters; why those that are missing in it cannot be had.
 
         Raises `OSError` as the host does.
+        """
+        rest = dict(wanted)
+        found = await self.get(list(wanted), rest)
+        for stored, parts in rest.items():
+            cluster = found[stored]
+            if isinstance(cluster, bytes):
+                _fill(cluster, parts)
+        return {stored: cluster for stored, cluster in found.items() if isinstance(cluster, CorruptImage)}
+
+    async def get(self, wanted: Sequence[Stored], parts: Parts | None = None) -> dict[Stored, Inflated]:
+        """Every wanted cluster, or the `CorruptImage` that tells why it cannot be had.
+
+        Clusters that are inflated for this call fill their `parts` at once and are removed from there: the
+        thread that has just made the bytes copies them faster than any other. Raises `OSError` as the
+        host does.
         """
         found: dict[Stored, Inflated] = {}
         missing = []
@@ -60,43 +79,49 @@ class InflatedClusters:
             else:
                 found[stored] = cluster
         if missing:
-            await self._load(dict.fromkeys(missing), found)
+            await self._load(dict.fromkeys(missing), found, {} if parts is None else parts)
         return found
 
-    async def _load(self, missing: Iterable[Stored], found: dict[Stored, Inflated]) -> None:
+    async def _load(self, missing: Iterable[Stored], found: dict[Stored, Inflated], parts: Parts) -> None:
         """Inflate what nobody is inflating yet, then wait for what others were."""
         others = [stored for stored in missing if stored in self._loading]
         own = [stored for stored in missing if stored not in self._loading]
-        for stored in own:
-            self._loading[stored] = trio.Event()
+        loaded = trio.Event()
+        self._loading.update(dict.fromkeys(own, loaded))
         try:
             if own:
-                found.update(await self._inflate_all(own))
+                found.update(await self._inflate_all(own, parts))
                 self._keep(found, own)
         finally:
             for stored in own:
-                self._loading.pop(stored).set()
+                del self._loading[stored]
+            loaded.set()
         for stored in others:
             if (event := self._loading.get(stored)) is not None:
                 await event.wait()
         if others:
-            found.update(await self.get(others))
+            found.update(await self.get(others, parts))
 
-    async def _inflate_all(self, wanted: list[Stored]) -> dict[Stored, Inflated]:
-        """Read the stored bytes, then inflate them in as many threads as there are processors."""
+    async def _inflate_all(self, wanted: list[Stored], parts: Parts) -> dict[Stored, Inflated]:
+        """Read the stored bytes, then inflate them in threads, whose number all requests under way share.
+
+        Threads that outnumber the processors spend their time waiting for the interpreter.
+        """
         buffers: list[bytearray] = []
+        self._under_way += 1
         try:
-            return await self._inflate_pieces(await self._read(wanted, buffers))
+            return await self._inflate_pieces(await self._read(wanted, buffers), parts)
         finally:
+            self._under_way -= 1
             kept = [buffer for buffer in buffers if len(buffer) == SPARE_SIZE]
             self._spare += kept[: MOST_SPARE - len(self._spare)]
 
-    async def _inflate_pieces(self, pieces: list[Piece]) -> dict[Stored, Inflated]:
-        share = -(-len(pieces) // self._threads)
+    async def _inflate_pieces(self, pieces: list[Piece], parts: Parts) -> dict[Stored, Inflated]:
+        share = -(-len(pieces) // max(1, self._threads // self._under_way))
         results: dict[Stored, Inflated] = {}
 
-        async def work(part: list[Piece]) -> None:
-            results.update(await run_in_thread(self._inflate_some, part))
+        async def work(some: list[Piece]) -> None:
+            results.update(await run_in_thread(self._inflate_some, some, parts))
 
         if share == len(pieces):
             await work(pieces)
@@ -120,13 +145,15 @@ class InflatedClusters:
         await self._file.read_into(requests)
         return pieces
 
-    def _inflate_some(self, pieces: list[Piece]) -> dict[Stored, Inflated]:
+    def _inflate_some(self, pieces: list[Piece], parts: Parts) -> dict[Stored, Inflated]:
         results: dict[Stored, Inflated] = {}
         for stored, data in pieces:
             try:
-                results[stored] = self._inflate(data, self._size)
+                cluster = results[stored] = self._inflate(data, self._size)
             except CorruptImage as error:
                 results[stored] = error
+            else:
+                _fill(cluster, parts.pop(stored, []))
         return results
 
     def _keep(self, found: dict[Stored, Inflated], own: list[Stored]) -> None:
@@ -134,6 +161,11 @@ class InflatedClusters:
             cluster = found[stored]
             if isinstance(cluster, bytes):
                 self._store.put((id(self), stored), cluster, self._size)
+
+
+def _fill(cluster: bytes, parts: list[Part]) -> None:
+    for start, buffer in parts:
+        buffer[:] = memoryview(cluster)[start : start + len(buffer)]
 
 
 def _fresh(length: int) -> bytearray:

@@ -14,7 +14,7 @@ import trio
 from qcowfs.data.backing import GuestReader
 from qcowfs.data.guest_data import DataPort, DataRead
 from qcowfs.data.in_place import InPlace
-from qcowfs.data.inflate import InflatedClusters
+from qcowfs.data.inflate import InflatedClusters, Parts
 from qcowfs.errors import CorruptImage, SnapshotGone
 from qcowfs.geometry import Geometry
 from qcowfs.metadata.epochs import ReadEpochs
@@ -187,15 +187,15 @@ class ImageView:
         inflating.append((extent, part))
 
     async def _inflate(self, inflating: Inflating) -> None:
-        wanted = [(extent.host_offset, extent.stored) for extent, _ in inflating]
-        clusters = await self._sources.inflated.get(wanted)
+        wanted: Parts = {}
         for extent, part in inflating:
-            cluster = clusters[extent.host_offset, extent.stored]
-            if isinstance(cluster, CorruptImage):
-                self._sources.damage.handle(extent._replace(damage=str(cluster)), part)
-            else:
-                start = self._sources.geometry.in_cluster(extent.guest_offset)
-                part[:] = memoryview(cluster)[start : start + len(part)]
+            start = self._sources.geometry.in_cluster(extent.guest_offset)
+            wanted.setdefault((extent.host_offset, extent.stored), []).append((start, part))
+        failed = await self._sources.inflated.fill(wanted)
+        for extent, part in inflating if failed else ():
+            error = failed.get((extent.host_offset, extent.stored))
+            if error is not None:
+                self._sources.damage.handle(extent._replace(damage=str(error)), part)
 
     async def find_next(self, guest: int, end: int, *, data: bool) -> int | None:
         """The first offset in `[guest, end)` that holds data, or that reads as zeros; None if none does.

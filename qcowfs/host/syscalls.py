@@ -13,6 +13,7 @@ from typing import Any
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _SYNC_FILE_RANGE_WRITE = 2
 _PR_SET_IO_FLUSHER = 57
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @cache
@@ -39,6 +40,13 @@ def begin_writing(fd: int, offset: int, length: int) -> None:
     """Start writing the range's dirty pages to the disk; a failure does not matter, since a sync tells."""
     if hasattr(_library(), "sync_file_range"):
         _library().sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+
+def keep_freed_memory(size: int) -> None:
+    """Let the C library keep so many freed bytes for later: giving them back costs page faults."""
+    if hasattr(_library(), "mallopt"):
+        _library().mallopt(_M_MMAP_THRESHOLD, size)
+        _library().mallopt(_M_TRIM_THRESHOLD, size)
 
 
 def set_io_flusher() -> int:
