@@ -41,6 +41,17 @@ async def test_a_first_write_makes_one_table() -> None:
     await assert_clean(file)
 
 
+async def test_a_flag_without_a_table_is_no_table() -> None:
+    file = MemoryHostFile(make(WIDE).files[DISK])
+    poke_word(file.data, word(file.data, 40) + 8, COPIED)
+    image = await open_file(file)
+    with trio.fail_after(10):
+        await writer_of(image).write(KIB32, b"x")
+    await image.aclose()
+    assert l1_entry(file, 1) & ~COPIED
+    await assert_clean(file)
+
+
 async def test_a_table_that_a_snapshot_shares_is_copied_before_it_changes() -> None:
     made = make(SHARED)
     file = MemoryHostFile(made.files[DISK])

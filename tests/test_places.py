@@ -42,6 +42,13 @@ def test_a_forgotten_cluster_is_looked_up_anew() -> None:
     assert known.find(5) == 0x90000
 
 
+def test_what_is_noted_needs_no_lookup() -> None:
+    table = Table({})
+    known = Places(table.look_up)
+    known.note(5, 0x50000)
+    assert (known.find(5), table.asked) == (0x50000, [])
+
+
 def test_who_asks_for_many_clusters_of_an_area_learns_all_of_it() -> None:
     table = Table({cluster: cluster << 16 for cluster in range(200) if cluster != 70})
     known = Places(table.look_up)

@@ -200,6 +200,9 @@ class Writer:
             raise
         self._linker.link_run(guest, place.host, place.clusters)
         self.linked += place.clusters
+        first = guest >> self._geometry.cluster_bits
+        for number in range(place.clusters):
+            self._places.note(first + number, place.host + number * self._geometry.cluster_size)
         return length
 
     async def _release(self, place: Place) -> None:

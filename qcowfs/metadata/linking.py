@@ -21,6 +21,9 @@ from qcowfs.metadata.mapping import Mapping
 from qcowfs.metadata.metadata_map import MetadataMap
 from qcowfs.metadata.refcounts import Refcounts
 
+MOST_SLICES = 1 << 14
+"""L2 slices whose place is remembered."""
+
 
 class Entry(NamedTuple):
     """An L2 entry: its descriptor, and the subcluster bitmap of an extended one (else 0)."""
@@ -51,21 +54,19 @@ class Linker:
         self._tables = tables
         self._mapping = mapping
         self._lock = trio.Lock()
+        self._own_slices: dict[int, HostOffset] = {}
 
     async def ensure_table(self, guest: GuestOffset) -> None:
         """See to it that the guest offset's L2 table is this disk's own and its slice in memory.
 
         Raises `CorruptImage` for damaged tables, `OSError` as the host does.
         """
-        while True:
-            words, index, _ = await self._l1_slice(guest)
-            entry = words[index]
-            if entry & COPIED and entry & OFFSET_MASK:
-                slice_at = (entry & OFFSET_MASK) + self._geometry.l2_slice(guest)[0]
-                if self._tables.l2.get(slice_at) is None:
-                    await self._tables.l2.load(slice_at)
-                    continue
-                return
+        while self._find_slice(guest) is None:
+            await self._l1_slice(guest)
+            place = self._find_own_slice(guest)
+            if place:
+                await self._tables.l2.load(place)
+                continue
             async with self._lock:
                 await self._own_table(guest)
 
@@ -88,7 +89,7 @@ class Linker:
         The L1 slice is asked for anew after each wait: the cache may have dropped and reloaded it.
         """
         words, index, place = await self._l1_slice(guest)
-        if words[index] & COPIED:
+        if _is_own(words[index]):
             return
         old = words[index] & OFFSET_MASK
         if not self._geometry.is_cluster_aligned(old):
@@ -174,14 +175,24 @@ class Linker:
 
     def _find_slice(self, guest: GuestOffset) -> tuple[array[int], int, HostOffset] | None:
         geometry = self._geometry
-        l1_offset, l1_index = geometry.l1_slice(guest)
-        l1_words = self._tables.l1.get(self._tables.l1_table_offset + l1_offset)
-        if l1_words is None or not l1_words[l1_index] & COPIED:
+        number, within = divmod(guest, geometry.slice_coverage)
+        place = self._own_slices.get(number) or self._find_own_slice(guest)
+        words = self._tables.l2.get(place) if place else None
+        if words is None:
             return None
-        slice_offset, index = geometry.l2_slice(guest)
-        place = (l1_words[l1_index] & OFFSET_MASK) + slice_offset
-        words = self._tables.l2.get(place)
-        return None if words is None else (words, index * (geometry.l2_entry_size // 8), place)
+        return words, geometry.cluster_index(within) * (geometry.l2_entry_size // 8), place
+
+    def _find_own_slice(self, guest: GuestOffset) -> HostOffset:
+        """Where the guest offset's L2 slice lies if the table is ours, else 0; an own table stays so."""
+        l1_offset, l1_index = self._geometry.l1_slice(guest)
+        l1_words = self._tables.l1.get(self._tables.l1_table_offset + l1_offset)
+        if l1_words is None or not _is_own(l1_words[l1_index]):
+            return 0
+        place = (l1_words[l1_index] & OFFSET_MASK) + self._geometry.l2_slice(guest)[0]
+        if len(self._own_slices) >= MOST_SLICES:
+            self._own_slices.clear()
+        self._own_slices[guest // self._geometry.slice_coverage] = place
+        return place
 
     def clusters_of(self, entry: Entry) -> range:
         """The host clusters, by index, that an entry refers to."""
@@ -191,6 +202,11 @@ class Linker:
             return range(offset // size, (offset + stored - 1) // size + 1)
         offset = entry.word & OFFSET_MASK
         return range(offset // size, offset // size + 1) if offset else range(0)
+
+
+def _is_own(l1_entry: int) -> bool:
+    """Whether the entry names a table that nobody else refers to; without an offset it names none."""
+    return bool(l1_entry & COPIED and l1_entry & OFFSET_MASK)
 
 
 def _clear_copied(words: array[int], stride: int) -> None:

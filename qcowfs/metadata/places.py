@@ -34,14 +34,18 @@ class Places:
         """Look the cluster up anew when it is asked for."""
         self.known.pop(cluster, None)
 
+    def note(self, cluster: int, place: HostOffset) -> None:
+        """Remember what needs no lookup, since the entry has just been made."""
+        if len(self.known) >= MOST_KNOWN:
+            self.known.clear()
+            self._lookups.clear()
+        self.known[cluster] = place
+
     def _learn(self, cluster: int) -> HostOffset | None:
         found = self._look_up(cluster)
         if found is None:
             return None
-        if len(self.known) >= MOST_KNOWN:
-            self.known.clear()
-            self._lookups.clear()
-        self.known[cluster] = found
+        self.note(cluster, found)
         area = cluster >> _AREA_BITS
         lookups = self._lookups[area] = self._lookups.get(area, 0) + 1
         if lookups == _MANY:
