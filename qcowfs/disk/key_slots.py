@@ -48,6 +48,7 @@ class _Open:
 
     async def unlock(self, keys: Keys) -> tuple[int, bytes]:
         passphrase = keys.get(self.file.name, self.label, "LUKS")
+        keys.check_use()
         return await unlock_area(self.file, self.area, passphrase, self.label)
 
 

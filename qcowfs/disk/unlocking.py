@@ -53,6 +53,7 @@ async def open_guest_data(
 
         log.warning("%s: legacy AES cannot tell a wrong passphrase; with one, everything is noise", label)
         return EncryptedData(data_file, geometry, make_legacy_cipher(passphrase), by_guest=True)
+    keys.note(file.name, encrypted=False)
     return PlainData(data_file, geometry)
 
 

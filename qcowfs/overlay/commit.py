@@ -41,6 +41,7 @@ async def commit(path: Path, policy: BackingPolicy, *, keep: bool = False, keys:
         reference = BackingReference(label, path, header.backing_name, header.backing_format)
         image = await Image.open(path, OpenOptions(backing=policy, force_share=True, keys=keys))
         try:
+            keys.check_use()
             target = await open_target(reference, policy, keys)
             try:
                 written = await _copy(image, target)

@@ -65,6 +65,7 @@ async def open_reader(reference: BackingReference, options: OpenOptions) -> Imag
         return await Image.open(path, OpenOptions(backing=backing, open_host=options.open_host, keys=keys))
     file = reference.open(path, options.open_host)
     _lock(file, locks.READER)
+    options.keys.note(file.name, encrypted=False)
     return RawBacking(file, str(path))
 
 
