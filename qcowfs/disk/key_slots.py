@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from qcowfs.codecs.luks_keys import seal
+from qcowfs.codecs.luks_keys import count_rounds, seal
 from qcowfs.data.backing import OpenHost, open_for_reading, open_for_writing
 from qcowfs.disk.image import OpenOptions, lock, read_header
 from qcowfs.disk.keys import Keys
 from qcowfs.disk.unlocking import LuksArea, load_area, unlock_area
 from qcowfs.errors import UnsupportedFeature, UsageError
 from qcowfs.format.header import CRYPT_LUKS
-from qcowfs.format.luks import REMOVAL_ITERATIONS, SLOTS, SWITCH_SIZE, KeySlot, slot_position
+from qcowfs.format.luks import MOST_ROUNDS, REMOVAL_ITERATIONS, SLOTS, SWITCH_SIZE, KeySlot, slot_position
 from qcowfs.host.hostfile import HostFile, run_in_thread
 
 _OVERWRITES = 3
@@ -67,9 +67,9 @@ async def _opened(path: Path, open_host: OpenHost, *, writable: bool) -> AsyncIt
         file.close()
 
 
-async def read_slots(path: Path) -> tuple[KeySlot, ...]:
+async def read_slots(path: Path, open_host: OpenHost = open_for_reading) -> tuple[KeySlot, ...]:
     """The key slots of an image. Raises `QcowError`, `OSError` as the host does."""
-    async with _opened(path, open_for_reading, writable=False) as image:
+    async with _opened(path, open_host, writable=False) as image:
         return image.area.header.slots
 
 
@@ -79,13 +79,19 @@ async def add_key(
 ) -> int:  # fmt: skip
     """Let one more passphrase open the image, in some `iter_time` seconds; the number of its slot.
 
-    Raises `UsageError` where no slot is free, `BadPassphrase` where `keys` do not open the image.
+    Raises `UsageError` where no slot is free or the new one would cost too much, `BadPassphrase` where
+    `keys` do not open the image.
     """
     async with _opened(path, open_host, writable=True) as image:
         _, master_key = await image.unlock(keys)
         header = image.area.header
         number = _free_slot(image, slot)
         sealed, material = await run_in_thread(partial(seal, header, number, new, master_key, iter_time))
+        if count_rounds(sealed) > MOST_ROUNDS:
+            raise UsageError(
+                f"{image.label}: with this key, trying a passphrase in every key slot would take more than "
+                f"{MOST_ROUNDS} rounds, and nobody could open the image here; lower --iter-time"
+            )
         filled = sealed.slots[number]
         await image.store_material(filled, material)
         await image.store_slot(number, replace(filled, active=False))

@@ -23,6 +23,12 @@ STRIPES = 4000
 MAX_KEY_BYTES = 64
 MAX_ITERATIONS = 1 << 25
 """Some ten seconds for a key slot; more is a way to waste a reader's time."""
+MOST_ROUNDS = 8 * 24_000_000
+"""Digests that trying a passphrase in all key slots may take: some 40 seconds.
+
+The eight slots of an image may well open in the usual 2 seconds each, made where a processor does 12 million
+rounds a second, which is more than today's do.
+"""
 REMOVAL_ITERATIONS = 1
 """Of a key slot whose removal has begun; nobody makes a key with fewer than 1000."""
 DIGEST_SIZE, SALT_SIZE = 20, 32
