@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from qcowfs.format.luks import REMOVAL_ITERATIONS, slot_position
 from qcowfs.testing import MemoryHostFile
 from tests.asserting import raises_exactly
 from tests.memory import FOLDER, MemoryFolder
-from tests.power_cuts import crash_states
+from tests.power_cuts import crash_states, torn_states
 from tests.shapes import DISK, KEY, SECTOR, Made, Shape, make, qemu
 
 SHAPE = Shape(cluster_size=4096, size=64 << 10, encryption="luks")
@@ -69,7 +70,8 @@ class Slots:
     def states(self, name: str) -> Iterator[tuple[str, bytes]]:
         """What a power cut may leave, and how messages call it."""
         log = self.file.log
-        for cut, state in crash_states(self.before, log, STATES, random.Random(name)):
+        crashes = crash_states(self.before, log, STATES, random.Random(name))
+        for cut, state in chain(crashes, torn_states(self.before, log)):
             yield f"{name}, cut at {cut} of {len(log)}", state
         assert self.folder.left_open() == []
 
