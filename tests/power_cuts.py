@@ -8,12 +8,12 @@ tries N states (default 2000).
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qcowfs.disk import states
 from qcowfs.errors import CorruptImage, UnsupportedFeature, UsageError
-from qcowfs.testing import SYNC, Sync, Write
+from qcowfs.testing import SYNC, MemoryHostFile, Sync, Write
 from tests.memory import read
 from tests.shapes import SECTOR, OpenDisk, Shape
 
@@ -292,6 +292,61 @@ def crash_states(
         state = bytearray(base)
         _apply_some(state, [e for e in log[synced:cut] if isinstance(e, Write)], rng)
         yield cut, bytes(state)
+
+
+def torn_states(initial: bytes, log: Sequence[Write | Sync]) -> Iterator[tuple[int, bytes]]:
+    """(cut, bytes of the host file) for each write that crosses into one more sector, torn there."""
+    state = bytearray(initial)
+    for cut, entry in enumerate(log, 1):
+        if not isinstance(entry, Write):
+            continue
+        parts = list(_sectors(entry.offset, len(entry.data)))
+        for start, end in parts if len(parts) == 2 else ():
+            torn = bytearray(state)
+            _apply(torn, entry.offset + start, entry.data[start:end])
+            yield cut, bytes(torn)
+        _apply(state, entry.offset, entry.data)
+
+
+class JointLog:
+    """What was written to several files and when they were synced, in one order."""
+
+    def __init__(self, files: Mapping[str, MemoryHostFile]) -> None:
+        """Log what happens from now on."""
+        self.initial = {name: bytes(file.data) for name, file in files.items()}
+        self.entries: list[tuple[str, Write | Sync]] = []
+        for name, file in files.items():
+            file.log = _Part(name, self.entries)
+
+    def crash_states(self, count: int, rng: random.Random) -> Iterator[tuple[int, dict[str, bytes]]]:
+        """(cut, bytes of every file) for `count` crashes, spread over all places of the log."""
+        places = len(self.entries) + 1
+        cuts = rng.sample(range(places), count % places) + list(range(places)) * (count // places)
+        for cut in sorted(cuts):
+            yield cut, {name: self._after(name, cut, rng) for name in self.initial}
+
+    def _after(self, name: str, cut: int, rng: random.Random) -> bytes:
+        """What a file may hold after a crash."""
+        log = [entry for owner, entry in self.entries[:cut] if owner == name]
+        synced = max((i + 1 for i, entry in enumerate(log) if entry is SYNC), default=0)
+        state = bytearray(self.initial[name])
+        for entry in log[:synced]:
+            if isinstance(entry, Write):
+                _apply(state, entry.offset, entry.data)
+        _apply_some(state, [e for e in log[synced:] if isinstance(e, Write)], rng)
+        return bytes(state)
+
+
+class _Part(list[Write | Sync]):
+    """The log of one file, which the joint log gets as well."""
+
+    def __init__(self, name: str, joint: list[tuple[str, Write | Sync]]) -> None:
+        super().__init__()
+        self._name, self._joint = name, joint
+
+    def append(self, entry: Write | Sync) -> None:
+        super().append(entry)
+        self._joint.append((self._name, entry))
 
 
 def _apply(data: bytearray, offset: int, written: bytes) -> None:

@@ -9,12 +9,13 @@ import pytest
 
 from qcowfs.check import Kind, check
 from qcowfs.disk.image import OpenOptions
+from qcowfs.disk.keys import Keys
 from qcowfs.overlay.commit import empty
 from qcowfs.overlay.rebase import NewBacking, rebase
 from qcowfs.testing import MemoryHostFile
 from tests.memory import FOLDER, MemoryFolder, read
 from tests.power_cuts import crash_states
-from tests.shapes import BASE, DISK, Made, Shape, make
+from tests.shapes import BASE, DISK, KEY, Made, Shape, make
 
 STATES = 80
 OTHER = "other.raw"
@@ -22,11 +23,14 @@ SHAPES = [
     Shape(cluster_size=512, size=200 << 10, base=150_000),
     Shape(version=2, base=500_000),
     Shape(extended_l2=True, base=700_000),
+    Shape(cluster_size=4096, size=200 << 10, base=150_000, encryption="luks"),
+    Shape(cluster_size=4096, size=200 << 10, base=150_000, encryption="aes"),
 ]
+KEYS = Keys(default=KEY.encode())
 
 
 async def content(made: Made, files: dict[str, bytes]) -> bytes:
-    image = await MemoryFolder(made.files | files).image(DISK)
+    image = await MemoryFolder(made.files | files).image(DISK, OpenOptions(keys=KEYS))
     found = await read(image.active, 0, image.size)
     image.close()
     return found
@@ -49,7 +53,7 @@ async def test_a_power_cut_leaves_an_overlay_that_reads_the_same(shape: Shape, n
     made = make(shape)
     files = {OTHER: other_base(made)}
     folder = MemoryFolder(made.files | files)
-    options = OpenOptions(writable=True, open_host=folder.open, open_writable=folder.open)
+    options = OpenOptions(writable=True, open_host=folder.open, open_writable=folder.open, keys=KEYS)
     await rebase(FOLDER / DISK, NewBacking(name.encode(), "raw" if name else None), options)
     assert folder.left_open() == []
     log = folder.files[DISK].log

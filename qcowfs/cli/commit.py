@@ -24,10 +24,10 @@ def run(args: argparse.Namespace) -> int:
 
     import trio
 
-    from qcowfs.data.backing import BackingPolicy
+    from qcowfs.disk.image import OpenOptions
     from qcowfs.overlay.commit import commit
 
-    keys = key_options.make_keys(args)
-    written = trio.run(partial(commit, args.image, BackingPolicy(), keep=args.keep, keys=keys))
+    options = OpenOptions(keys=key_options.make_keys(args))
+    written = trio.run(partial(commit, args.image, options, keep=args.keep))
     print(f"{written} bytes were committed")
     return 0

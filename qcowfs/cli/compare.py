@@ -70,6 +70,7 @@ async def _compare(args: argparse.Namespace) -> Verdict:
         open_disk(Path(args.first), args.format, options, args.snapshot) as first,
         open_disk(Path(args.second), args.second_format, options, args.second_snapshot) as second,
     ):
+        options.keys.check_use()
         with progress.shown(args.progress, "comparing") as report:
             return await compare(first, second, strict=args.strict, report=report)
 

@@ -70,6 +70,9 @@ async def _convert(args: argparse.Namespace) -> None:
         force=args.force,
         passphrase=key_options.new_passphrase(options.keys, args.target) if encrypted else None,
     )
+    if not encrypted:
+        options.keys.note(args.target, encrypted=False)
     async with open_disk(Path(args.source), args.format, options, args.snapshot) as disk:
+        options.keys.check_use()
         with progress.shown(args.progress, "copying") as report:
             await convert(disk, target, copying, report)

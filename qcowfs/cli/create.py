@@ -76,7 +76,12 @@ async def _create(path: Path, form: Creation, size: int | None, args: argparse.N
         if size is None:
             raise UsageError("which size shall the disk have? Give one, such as 20G")
         size = round_up_to_sectors(size)
-        passphrase = None if form.encryption is None else key_options.new_passphrase(keys, args.image)
+        passphrase = None
+        if form.encryption is not None:
+            passphrase = key_options.new_passphrase(keys, args.image)
+        else:
+            keys.note(args.image, encrypted=False)
+        keys.check_use()
         with progress.shown(args.progress, "writing zeros") as report:
             await create_image(path, form, size, force=args.force, report=report, passphrase=passphrase)
     return size

@@ -75,4 +75,10 @@ def _show(slots: tuple[KeySlot, ...], *, as_json: bool) -> None:
         print(json.dumps(record, indent=4))
         return
     for number, slot in enumerate(slots):
-        print(f"{number}: {f'in use, {slot.iterations} iterations' if slot.active else 'empty'}")
+        print(f"{number}: {_state(slot)}")
+
+
+def _state(slot: KeySlot) -> str:
+    if slot.active and not slot.opens:
+        return "its removal was cut short; remove it again"
+    return f"in use, {slot.iterations} iterations" if slot.active else "empty"

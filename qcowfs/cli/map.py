@@ -56,6 +56,7 @@ async def _show(args: argparse.Namespace) -> int:
     damaged = 0
     options = source_options.open_options(args)
     async with open_disk(Path(args.image), args.format, options, args.snapshot) as disk:
+        options.keys.check_use()
         print("[" if args.json else _LINE.format("START", "LENGTH", "DEPTH", "WHAT", "HOST OFFSET"), end="")
         first = True
         async for extent in disk_extents(disk, args.start_offset, end):

@@ -39,6 +39,7 @@ async def draw(args: argparse.Namespace) -> int:
     rows = _TEXT_ROWS if args.picture == TERMINAL else picture.ROWS
     options = source_options.open_options(args)
     async with open_disk(Path(args.image), args.format, options, args.snapshot) as disk:
+        options.keys.check_use()
         found = await survey(disk, rows * columns)
         caption = picture.Caption(_title(args), _details(disk))
     if args.picture == TERMINAL:

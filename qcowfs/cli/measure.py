@@ -63,6 +63,7 @@ async def _measure(args: argparse.Namespace) -> Measure:
         return measure_raw(size) if args.target_format == "raw" else measure_empty(form, size)
     options = source_options.open_options(args)
     async with open_disk(Path(args.image), args.format, options, args.snapshot) as disk:
+        options.keys.check_use()
         if args.target_format == "raw":
             return measure_raw(round_up_to_sectors(disk.size))
         return await measure_copy(form, disk)

@@ -51,8 +51,10 @@ async def _on_image(args: argparse.Namespace) -> None:
     from qcowfs.disk.image import Image, OpenOptions
 
     amount, relative = args.size
-    image = await Image.open(args.target, OpenOptions(writable=True, keys=key_options.make_keys(args)))
+    keys = key_options.make_keys(args)
+    image = await Image.open(args.target, OpenOptions(writable=True, keys=keys))
     try:
+        keys.check_use()
         await states.resize(image, image.active.size + amount if relative else amount, shrink=args.shrink)
     finally:
         await image.aclose()

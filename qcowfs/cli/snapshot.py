@@ -107,8 +107,10 @@ async def _list_image(args: argparse.Namespace) -> list[dict[str, Any]]:
 async def _on_image(args: argparse.Namespace) -> None:
     from qcowfs.disk.image import Image, OpenOptions
 
-    image = await Image.open(args.target, OpenOptions(writable=True, keys=key_options.make_keys(args)))
+    keys = key_options.make_keys(args)
+    image = await Image.open(args.target, OpenOptions(writable=True, keys=keys))
     try:
+        keys.check_use()
         await _change(image, args)
     finally:
         await image.aclose()

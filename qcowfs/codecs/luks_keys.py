@@ -60,6 +60,14 @@ def check_header(header: LuksHeader, length: int) -> None:
         raise UnsupportedFeature(f"encryption with the hash {quoted(header.hash.encode())} is not supported")
 
 
+def count_rounds(header: LuksHeader) -> int:
+    """How often a digest is taken, at most, until it is known whether a passphrase opens any key slot."""
+    width = hashlib.new(header.hash, usedforsecurity=False).digest_size
+    digest = header.digest_iterations * -(-DIGEST_SIZE // width)
+    blocks = -(-header.key_bytes // width)
+    return sum(slot.iterations * blocks + digest for slot in header.slots if slot.active)
+
+
 def unlock(header: LuksHeader, materials: Mapping[int, bytes], passphrase: bytes) -> tuple[int, bytes] | None:
     """The number of the key slot that the passphrase opens, and the master key; None if there is none.
 

@@ -56,6 +56,11 @@ class Encryption:
                 f"{PREFIX}cipher-alg=cast5-128: needs {PREFIX}cipher-mode=cbc, and {PREFIX}ivgen-alg=plain64 "
                 "or plain"
             )
+        if (self.cipher_alg, self.cipher_mode) == ("aes-192", "cbc"):
+            raise UsageError(
+                f"{PREFIX}cipher-alg=aes-192: with {PREFIX}cipher-mode=cbc key material ends within a sector "
+                "and QEMU's tools abort; take xts or another key size"
+            )
         if self.iter_time < 1:
             raise UsageError(f"{PREFIX}{_ITER_TIME}={self.iter_time}: must be 1 or more milliseconds")
 

@@ -60,6 +60,7 @@ async def serve(path: Path, mount_point: Path, options: MountOptions, ready: Cal
         serve_under_memory_pressure()
     image = await Image.open(path, options.open)
     try:
+        options.open.keys.check_use()
         facts = {b"pid": b"%d" % os.getpid(), b"image": os.fsencode(path)}
         tree = Tree(image, b"".join(name + b"=" + value + b"\n" for name, value in facts.items()))
         await _serve_mounted(Control(image, tree, mount_point), facts, path, mount_point, options, ready)
@@ -82,6 +83,7 @@ async def rehearse(path: Path, mount_point: Path, options: MountOptions) -> None
     mountpoint.check_fuse(allow_other=options.allow_other)
     mountpoint.prepare(mount_point)
     (await Image.open(path, options.open)).close()
+    options.open.keys.check_use()
 
 
 async def _serve_mounted(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from qcowfs.data.cluster_locks import ClusterLocks
+from qcowfs.data.sector_locks import SectorLocks
 from qcowfs.errors import CorruptImage
 from qcowfs.geometry import (
     SECTOR_SIZE,
@@ -112,7 +112,11 @@ class PlainData:
 
 
 class EncryptedData:
-    """Guest data that is encrypted by sectors; to change a part of one, it is read and written whole."""
+    """Guest data that is encrypted by sectors; to change a part of one, it is read and written whole.
+
+    Reads and writes of the same sectors exclude each other: the host lets a read see half of a write, and
+    half of a sector decrypts to noise.
+    """
 
     encrypted = True
 
@@ -122,7 +126,7 @@ class EncryptedData:
         self._geometry = geometry
         self._cipher = cipher
         self._by_guest = by_guest
-        self._locks = ClusterLocks()
+        self._locks = SectorLocks()
 
     def facts(self) -> FileFacts:
         """Size, time and identity of the file as of now."""
@@ -149,6 +153,8 @@ class EncryptedData:
         """Fill the buffer if that takes no waiting and little time; whether it was filled."""
         if len(buffer) > INLINE_BYTES or not is_whole_sectors(host, len(buffer)):
             return False
+        if not self._locks.is_free(host, host + len(buffer), shared=True):
+            return False
         if not self._file.read_cached(host, buffer):
             return False
         self._cipher.decrypt(buffer, self._number(guest, host))
@@ -157,14 +163,21 @@ class EncryptedData:
     async def read_into(self, requests: Sequence[DataRead]) -> None:
         """Fill every buffer. Raises `OSError` as the host does."""
         widened = [self._widened(*request) for request in requests]
-        await self._file.read_into([(host, buffer) for _, host, buffer in widened])
-        if sum(len(buffer) for _, _, buffer in widened) > INLINE_BYTES:
-            await run_in_thread(self._decrypt, widened)
-        else:
-            self._decrypt(widened)
+        use = await self._locks.hold([(h, h + len(buffer)) for _, h, buffer in widened], shared=True)
+        try:
+            await self._file.read_into([(host, buffer) for _, host, buffer in widened])
+        finally:
+            self._locks.release(use)
+        await self._decrypt_all(widened)
         for (_, host, wanted), (_, start, buffer) in zip(requests, widened, strict=True):
             if len(buffer) != len(wanted):
                 wanted[:] = buffer[host - start : host - start + len(wanted)]
+
+    async def _decrypt_all(self, requests: Sequence[DataRead]) -> None:
+        if sum(len(buffer) for _, _, buffer in requests) > INLINE_BYTES:
+            await run_in_thread(self._decrypt, requests)
+        else:
+            self._decrypt(requests)
 
     def _widened(self, guest: GuestOffset, host: HostOffset, buffer: memoryview) -> DataRead:
         """The request rounded out to whole sectors, with a buffer of its own where that changes it."""
@@ -183,24 +196,23 @@ class EncryptedData:
         """Write whole sectors that lie in one cluster if that takes no waiting and little time."""
         if len(data) > INLINE_BYTES or not is_whole_sectors(host, len(data)):
             return False
-        if not self._locks.is_free(self._geometry.cluster_index(host)):
+        if not self._locks.is_free(host, host + len(data), shared=False):
             return False
         return self._file.write_now(host, self._cipher.encrypt(data, self._number(guest, host)))
 
     async def write_from(self, requests: Sequence[DataWrite]) -> None:
         """Write every buffer whole, in order. Raises `OSError` as the host does.
 
-        Clusters are held meanwhile: what changes part of a sector writes the rest of it as it was, and
-        must not undo another write.
+        Sectors are held meanwhile: what changes a part of one also writes the rest of it as it was, and must
+        not undo another write.
         """
         for guest, host, data in _joined(requests):
-            index = self._geometry.cluster_index
-            clusters = range(index(host), index(host + len(data) - 1) + 1)
-            await self._locks.hold(clusters)
+            start, length = whole_sectors(host, len(data))
+            use = await self._locks.hold([(start, start + length)], shared=False)
             try:
                 await self._write(guest, host, data)
             finally:
-                self._locks.release(clusters)
+                self._locks.release(use)
 
     async def _write(
         self, guest: GuestOffset, host: HostOffset, data: bytes | bytearray | memoryview
@@ -228,8 +240,10 @@ class EncryptedData:
         view = memoryview(whole)
         last = length - SECTOR_SIZE
         partial = [place for place, cut in ((0, at), (last, at + len(data) - length)) if cut]
-        read = [(guest + place, start + place, view[place : place + SECTOR_SIZE]) for place in partial]
-        await self.read_into(read[:1] if last == 0 else read)
+        for place in partial[: 1 if last == 0 else 2]:
+            sector = view[place : place + SECTOR_SIZE]
+            await self._file.read_into([(start + place, sector)])
+            self._cipher.decrypt(sector, self._number(guest + place, start + place))
         view[at : at + len(data)] = data
         return whole
 

@@ -60,6 +60,7 @@ async def open_disk(
         file = options.open_host(path)
         try:
             lock(file, options)
+            options.keys.note(file.name, encrypted=False)
             yield Disk(shown(path), form, RawBacking(file, shown(path)), file=file)
         finally:
             file.close()

@@ -363,6 +363,7 @@ def _open_raw(file: HostFile, label: str, chain: _Chain) -> RawBacking:
         file.close()
         raise
     chain.seen.add(file.facts().identity)
+    chain.options.keys.note(file.name, encrypted=False)
     return RawBacking(file, label)
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from qcowfs.data.guest_data import DataPort, EncryptedData, PlainData
 from qcowfs.disk.keys import Keys
-from qcowfs.errors import BadPassphrase, CorruptImage, QcowError
+from qcowfs.errors import BadPassphrase, CorruptImage, QcowError, UnsupportedFeature
 from qcowfs.format import extensions as ext
 from qcowfs.format.header import CRYPT_AES, CRYPT_LUKS, CRYPT_NAMES, Header
-from qcowfs.format.luks import HEADER_SIZE, LuksHeader, unpack_pointer
+from qcowfs.format.luks import HEADER_SIZE, MOST_ROUNDS, LuksHeader, unpack_pointer
 from qcowfs.host.hostfile import HostFile, run_in_thread
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ async def open_guest_data(
 
         log.warning("%s: legacy AES cannot tell a wrong passphrase; with one, everything is noise", label)
         return EncryptedData(data_file, geometry, make_legacy_cipher(passphrase), by_guest=True)
+    keys.note(file.name, encrypted=False)
     return PlainData(data_file, geometry)
 
 
@@ -77,10 +78,18 @@ async def load_area(file: HostFile, header: Header, label: str) -> LuksArea:
 async def unlock_area(file: HostFile, area: LuksArea, passphrase: bytes, label: str) -> tuple[int, bytes]:
     """The number of the key slot that the passphrase opens, and the master key.
 
-    Takes as long as the slots' iterations ask for. Raises `BadPassphrase` in the name of `label`.
+    Takes as long as the slots' iterations ask for. Raises `BadPassphrase` in the name of `label`, and
+    `UnsupportedFeature` where they ask for too much.
     """
-    from qcowfs.codecs.luks_keys import unlock
+    from qcowfs.codecs.luks_keys import count_rounds, unlock
 
+    rounds = count_rounds(area.header)
+    if rounds > MOST_ROUNDS:
+        raise UnsupportedFeature(
+            f"{label}: trying a passphrase in every key slot takes {rounds} rounds, more than {MOST_ROUNDS}, "
+            "which wastes time on purpose; if you trust the image, find the costly slots by qcowfs key list "
+            "and empty one by qemu-img amend -o encrypt.state=inactive,encrypt.keyslot=N"
+        )
     found = await run_in_thread(unlock, area.header, await load_materials(file, area), passphrase)
     if found is None:
         hint = "; the newline at its end counts" if passphrase.endswith(b"\n") else ""

@@ -23,7 +23,17 @@ STRIPES = 4000
 MAX_KEY_BYTES = 64
 MAX_ITERATIONS = 1 << 25
 """Some ten seconds for a key slot; more is a way to waste a reader's time."""
+MOST_ROUNDS = 8 * 24_000_000
+"""Digests that trying a passphrase in all key slots may take: some 40 seconds.
+
+The eight slots of an image may well open in the usual 2 seconds each, made where a processor does 12 million
+rounds a second, which is more than today's do.
+"""
+REMOVAL_ITERATIONS = 1
+"""Of a key slot whose removal has begun; nobody makes a key with fewer than 1000."""
 DIGEST_SIZE, SALT_SIZE = 20, 32
+SWITCH_SIZE = 8
+"""The bytes of a key slot that tell whether and how it opens; in no slot does a sector end within them."""
 _SLOTS_START = 4096
 _SLOT_ALIGNMENT = 4096
 
@@ -41,6 +51,11 @@ class KeySlot:
     salt: bytes
     key_offset: int
     stripes: int
+
+    @property
+    def opens(self) -> bool:
+        """Whether some passphrase may open it: it is in use, and nobody has begun to remove it."""
+        return self.active and self.iterations != REMOVAL_ITERATIONS
 
     def pack(self) -> bytes:
         """The 48 bytes of the slot."""

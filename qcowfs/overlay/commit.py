@@ -6,42 +6,41 @@ is on disk in the backing file; until then it reads the same whatever happens, a
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from qcowfs.check.checker import inspect
-from qcowfs.check.opening import opened
 from qcowfs.check.recount import Recount, leaked_ranges
-from qcowfs.data.backing import BackingPolicy, BackingReference
+from qcowfs.data.backing import BackingReference
 from qcowfs.disk.amend import inspect_sound
-from qcowfs.disk.image import Image, OpenOptions
-from qcowfs.disk.keys import Keys
+from qcowfs.disk.image import Image, OpenOptions, lock, shown
 from qcowfs.errors import UsageError
 from qcowfs.host.hostfile import HostFile
 from qcowfs.metadata.mapping import UNALLOCATED, ZERO_KIND
 from qcowfs.overlay.lower import Target, extents, open_target, pieces, read
-from qcowfs.text import printable
 
 _L1_PIECE = 1 << 20
 
 
-async def commit(path: Path, policy: BackingPolicy, *, keep: bool = False, keys: Keys | None = None) -> int:
+async def commit(path: Path, options: OpenOptions, *, keep: bool = False) -> int:
     """Write what the overlay at `path` holds to its backing file, then empty it unless `keep`.
 
-    Returns the bytes that were written. `keys` are those of encrypted images. Raises `UsageError` where there
+    Returns the bytes that were written. Raises `UsageError` where there
     is no backing file or it is too small, `ImageInUse` where somebody has either file open, `BadPassphrase`
     before anything is written, `CorruptImage` for damage.
     """
-    keys = keys or Keys()
-    with opened(path, writable=True) as file:
+    with _opened(path, options) as file:
         header = (await inspect_sound(file)).subject.header
-        label = printable(os.fsencode(path))
+        label = shown(path)
         if header.backing_name is None:
             raise UsageError(f"{label}: has no backing file to commit to")
         reference = BackingReference(label, path, header.backing_name, header.backing_format)
-        image = await Image.open(path, OpenOptions(backing=policy, force_share=True, keys=keys))
+        image = await Image.open(path, replace(options, writable=False, force_share=True))
         try:
-            target = await open_target(reference, policy, keys)
+            options.keys.check_use()
+            target = await open_target(reference, options)
             try:
                 written = await _copy(image, target)
                 await target.finish()
@@ -52,6 +51,17 @@ async def commit(path: Path, policy: BackingPolicy, *, keep: bool = False, keys:
         if not keep:
             await empty(file)
         return written
+
+
+@contextmanager
+def _opened(path: Path, options: OpenOptions) -> Iterator[HostFile]:
+    """The overlay's file, locked as a writer's."""
+    file = options.open_writable(path)
+    try:
+        lock(file, replace(options, writable=True), top=True)
+        yield file
+    finally:
+        file.close()
 
 
 async def _copy(image: Image, target: Target) -> int:

@@ -6,17 +6,15 @@ Owns opening raw and qcow2 files alike under QEMU's locks. Must not know what is
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 from qcowfs.data.backing import (
-    BackingPolicy,
     BackingReference,
     GuestReader,
     RawBacking,
-    open_for_writing,
 )
 from qcowfs.disk.image import Image, OpenOptions
-from qcowfs.disk.keys import Keys
 from qcowfs.disk.states import resize
 from qcowfs.errors import UsageError
 from qcowfs.geometry import GuestOffset
@@ -65,16 +63,16 @@ async def open_reader(reference: BackingReference, options: OpenOptions) -> Imag
         return await Image.open(path, OpenOptions(backing=backing, open_host=options.open_host, keys=keys))
     file = reference.open(path, options.open_host)
     _lock(file, locks.READER)
+    options.keys.note(file.name, encrypted=False)
     return RawBacking(file, str(path))
 
 
-async def open_target(reference: BackingReference, policy: BackingPolicy, keys: Keys) -> Target:
+async def open_target(reference: BackingReference, options: OpenOptions) -> Target:
     """What the reference names, for writing; raises as opening an image does."""
-    path = reference.locate(policy)
+    path = reference.locate(options.backing)
     if reference.format == "qcow2":
-        image = await Image.open(path, OpenOptions(backing=policy, writable=True, keys=keys))
-        return ImageTarget(image)
-    file = reference.open(path, open_for_writing)
+        return ImageTarget(await Image.open(path, replace(options, writable=True, data_file=None)))
+    file = reference.open(path, options.open_writable)
     _lock(file, locks.WRITER)
     return RawTarget(file)
 

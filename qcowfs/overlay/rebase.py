@@ -49,6 +49,7 @@ async def rebase(path: Path, new: NewBacking, options: OpenOptions) -> int:
         _refuse_snapshots(image)
         reader = await _open_new(image, path, new, options)
         try:
+            options.keys.check_use()
             copied = await _copy_differences(image, writer, reader)
         finally:
             if reader is not None:

@@ -242,12 +242,12 @@ def test_disks_are_compared_and_mapped_by_their_passphrases(tmp_path: Path) -> N
     second.io("write -q -P 9 70000 1")
     result = qcowfs("compare", *keys, first.image, second.image)
     assert (result.returncode, result.stdout) == (1, f"Content mismatch at offset {70000 // 512 * 512}!\n")
-    records = json.loads(ok("map", "--json", *keys, second.image))
+    records = json.loads(ok("map", "--json", *keys[:2], second.image))
     words = ("map", "--output=json", *second.secrets(), "--image-opts", second.options())
     theirs = json.loads(run("qemu-img", *words).stdout)
     keep = ("start", "length", "depth", "data", "offset")
     assert [{k: r.get(k) for k in keep} for r in records] == [{k: r.get(k) for k in keep} for r in theirs]
-    sizes = json.loads(ok("measure", "-O", "qcow2", "--json", *keys, second.image))
+    sizes = json.loads(ok("measure", "-O", "qcow2", "--json", *keys[:2], second.image))
     assert sizes["required"] < sizes["fully-allocated"]
 
 

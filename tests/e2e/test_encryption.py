@@ -216,3 +216,5 @@ def test_without_encryption_a_passphrase_is_not_needed_nor_in_the_way(tmp_path: 
     (tmp_path / "key").write_bytes(b"key")
     with mounted(image, "--key-file", tmp_path / "key") as mount:
         assert_same(mount.disk, as_raw(image, tmp_path / "raw"))
+        text = f"WARNING {image}: not encrypted; the passphrase given is not used"
+        assert mount.take_complaints() == [text]

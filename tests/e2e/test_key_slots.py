@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from qcowfs.format.luks import MAGIC, REMOVAL_ITERATIONS, SLOT_ACTIVE, SWITCH_SIZE, slot_position
 from tests.e2e.encrypted import Locked, locked, refused_by_qemu
 from tests.e2e.mounts import mounted
 from tests.e2e.tools import MIB, assert_same, attempt, create, qcowfs, raw_file
@@ -79,6 +81,20 @@ def test_a_key_that_is_removed_opens_nothing_any_more(made: Locked, tmp_path: Pa
     assert refused_by_qemu(made)
     replace(made, key=other).assert_sound_and_same(made.key.parent / "raw")
     assert qcowfs("key", "remove", made.image, "--key-file", made.key).returncode == 8
+
+
+def test_a_removal_that_was_cut_short_is_shown_as_such(made: Locked, tmp_path: Path) -> None:
+    add(made, other_key(tmp_path))
+    data = bytearray(made.image.read_bytes())
+    area = data.index(MAGIC)
+    cut_short = struct.pack(">II", SLOT_ACTIVE, REMOVAL_ITERATIONS)
+    data[area + slot_position(0) : area + slot_position(0) + SWITCH_SIZE] = cut_short
+    made.image.write_bytes(data)
+    first = qcowfs("key", "list", made.image).stdout.splitlines()[0]
+    assert first == "0: its removal was cut short; remove it again"
+    assert refused_by_qemu(made)
+    result = qcowfs("key", "remove", made.image, "--key-file", other_key(tmp_path), "--slot", "0")
+    assert (result.returncode, result.stdout) == (0, "key slot 0 is empty\n")
 
 
 def test_the_last_key_stays(made: Locked) -> None:
