@@ -23,6 +23,12 @@ class JournalFormatter(logging.Formatter):
         return f"<{_JOURNAL_LEVELS.get(record.levelno, 7)}>{super().format(record)}"
 
 
+def configure_short() -> None:
+    """Send warnings to standard error: what a command that ends soon has to say beside its result."""
+    configure()
+    logging.getLogger().setLevel(logging.WARNING)
+
+
 def configure(*, debug: bool = False, log_file: Path | None = None, background: bool = False) -> None:
     """Send the package's log to where its reader will look for it."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from qcowfs import __version__
+from qcowfs.cli import logs
 from qcowfs.cli.exits import EXIT_HOST, EXIT_USAGE, guarded
 from qcowfs.cli.mount_helper import mount_command
 from qcowfs.cli.mount_words import expand
@@ -57,6 +58,8 @@ def _run(words: list[str]) -> int:
     if chosen is None:
         parser.print_help()
         return EXIT_USAGE
+    if chosen != "mount":
+        logs.configure_short()
     code: int = importlib.import_module(f"qcowfs.cli.{chosen}").run(args)
     return code
 
