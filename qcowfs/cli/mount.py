@@ -86,7 +86,7 @@ def _serve(args: argparse.Namespace, ready: Callable[[str], None]) -> int:
 
     from qcowfs.cli import logs
     from qcowfs.cli.exits import raise_single
-    from qcowfs.disk.live import DetectZeroes
+    from qcowfs.disk.parts import DetectZeroes
 
     try:
         from qcowfs.daemon.operations import Ownership

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qcowfs.data.backing import GuestReader, RawBacking
 from qcowfs.data.views import ImageView
@@ -19,9 +19,8 @@ from qcowfs.format.words import TABLE_WORDS, Words
 from qcowfs.geometry import SECTOR_SIZE
 from qcowfs.host.hostfile import HostFile
 from qcowfs.metadata.mapping import COMPRESSED_KIND, DATA, LOST, UNALLOCATED, ZERO_KIND
-
-if TYPE_CHECKING:
-    from qcowfs.metadata.tables import Run, TableWalk
+from qcowfs.metadata.runs import Run
+from qcowfs.metadata.tables import TableWalk
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,6 @@ async def _layers(disk: Disk) -> list[_Layer]:
     layers: list[_Layer] = []
     reader: GuestReader | ImageView | None = disk.image or disk.reader
     while isinstance(reader, Image):
-        from qcowfs.metadata.tables import TableWalk  # loads numpy, which raw disks do without
-
         view = disk.view if not layers and disk.view is not None else reader.active
         walk = TableWalk(reader.file, reader.header, *view.mapping.l1_table)
         holes, encrypted = await _looks_preallocated(reader), bool(reader.header.crypt_method)

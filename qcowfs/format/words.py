@@ -25,7 +25,7 @@ class Words:
         """The largest value of an entry."""
         return (1 << self.bits) - 1
 
-    def unpack(self, data: bytes) -> array[int]:
+    def unpack(self, data: bytes | bytearray) -> array[int]:
         """The entries of a piece of a table."""
         if self.bits < 8:
             return array("B", b"".join(map(_spread(self.bits).__getitem__, data)))

@@ -1,72 +1,47 @@
 """All L2 tables of a view in bulk: to runs of clusters that are of one kind and follow each other.
 
-Owns decoding many entries at once, past the caches. Must not know backing files or what runs are for. Where
-one cluster is asked for, `mapping` is the one to ask; both implement "Cluster mapping" of the specification.
+Owns reading many tables at once, past the caches, and who decodes them. Must not know backing files or what
+runs are for. Where one cluster is asked for, `mapping` is the one to ask; both implement "Cluster mapping" of
+the specification.
 """
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-import numpy as np
 import trio
-from numpy.typing import NDArray
 
-from qcowfs.format.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO
+from qcowfs.format.entries import OFFSET_MASK
 from qcowfs.format.header import Header
-from qcowfs.geometry import SUBCLUSTERS, TABLE_ENTRY_SIZE, GuestOffset, HostOffset
+from qcowfs.format.words import TABLE_WORDS
+from qcowfs.geometry import TABLE_ENTRY_SIZE, GuestOffset, HostOffset
 from qcowfs.host.hostfile import HostFile
-from qcowfs.metadata.mapping import COMPRESSED_KIND, DATA, LOST, UNALLOCATED, ZERO_KIND, ExtentKind
+from qcowfs.metadata.mapping import LOST, UNALLOCATED
+from qcowfs.metadata.runs import Run, runs_of_entries
 
-Words = NDArray[np.uint64]
-Flags = NDArray[np.bool_]
-
-KINDS = (UNALLOCATED, DATA, ZERO_KIND, COMPRESSED_KIND, LOST)
-_UNALLOCATED, _DATA, _ZERO, _COMPRESSED, _LOST = range(len(KINDS))
 _CHUNK_BYTES = 1 << 19
-
-
-class Run(NamedTuple):
-    """Guest bytes of one kind; `host` is None where nothing is set aside for them in the file.
-
-    Where there is a host offset, the run is contiguous from there on. `shared` clusters have more users
-    than this view's live disk, `stored` is how many bytes compressed ones take at most.
-    """
-
-    guest: GuestOffset
-    length: int
-    kind: ExtentKind
-    host: HostOffset | None
-    shared: bool
-    stored: int
-
-
-@dataclass(frozen=True)
-class Units:
-    """Clusters or subclusters of a stretch of the disk: a kind and a host offset for each."""
-
-    size: int
-    kind: NDArray[np.uint8]
-    host: Words
-    has_host: Flags
-    shared: Flags
-    stored: Words
+FEW_BYTES = 1 << 20
+"""Bytes of all tables that are decoded sooner one by one than numpy is loaded."""
 
 
 class TableWalk:
     """The tables of one view, decoded chunk by chunk; the last chunk is kept for who asks on."""
 
-    def __init__(self, file: HostFile, header: Header, l1_table_offset: int, l1_size: int) -> None:
+    def __init__(
+        self, file: HostFile, header: Header, l1_table_offset: int, l1_size: int, few_bytes: int = FEW_BYTES
+    ) -> None:
         """Read the tables of `file` whose L1 table lies there and has that many entries."""
         self._file = file
         self._header = header
         self._geometry = header.geometry
         self._place = (l1_table_offset, l1_size)
         self._tables_at_once = max(1, _CHUNK_BYTES // self._geometry.cluster_size)
-        self._l1: Words | None = None
-        self._present = np.empty(0, np.int64)
+        self._l1: array[int] | None = None
+        self._present: list[int] = []
+        self._few_bytes = 0 if header.geometry.extended_l2 else few_bytes
+        self._few = False
         self._chunk: tuple[int, list[Run]] = (-1, [])
 
     async def runs(self, start: GuestOffset, end: GuestOffset) -> AsyncIterator[Run]:
@@ -90,131 +65,68 @@ class TableWalk:
         offset, size = self._place
         data = bytearray(size * TABLE_ENTRY_SIZE)
         await self._file.read_into([(offset, memoryview(data))])
-        self._l1 = _words(data)
-        self._present = np.flatnonzero(self._l1 & np.uint64(OFFSET_MASK)) // self._tables_at_once
+        self._l1 = TABLE_WORDS.unpack(data)
+        tables = [i for i in _nonzero(data, self._l1) if self._l1[i] & OFFSET_MASK]
+        self._few = len(tables) * self._geometry.cluster_size <= self._few_bytes
+        self._present = [index // self._tables_at_once for index in tables]
 
     def _chunk_start(self, chunk: int) -> GuestOffset:
         return chunk * self._tables_at_once * self._geometry.l2_coverage
 
     def _next_present(self, chunk: int) -> GuestOffset:
         """Where the first chunk from `chunk` on starts that has any L2 table."""
-        index = int(np.searchsorted(self._present, chunk))
-        found = int(self._present[index]) if index < len(self._present) else 1 << 62
-        return self._chunk_start(found)
+        index = bisect_left(self._present, chunk)
+        return self._chunk_start(self._present[index] if index < len(self._present) else 1 << 62)
 
     async def _load_chunk(self, chunk: int) -> list[Run]:
         if self._chunk[0] != chunk:
             await trio.lowlevel.checkpoint()
-            self._chunk = (chunk, list(_runs(await self._read_units(chunk), self._chunk_start(chunk))))
+            self._chunk = (chunk, list(await self._decode_chunk(chunk)))
         return self._chunk[1]
 
-    async def _read_units(self, chunk: int) -> Units:
-        """Every unit of the chunk; a table that cannot be read leaves its units lost."""
+    async def _decode_chunk(self, chunk: int) -> Iterator[Run]:
+        """The runs of a chunk; a table that cannot be read leaves its clusters lost."""
         assert self._l1 is not None  # noqa: S101 - for the type checker: `runs` has loaded it
-        geometry = self._geometry
-        size, first = geometry.cluster_size, chunk * self._tables_at_once
-        tables = (self._l1[first : first + self._tables_at_once] & np.uint64(OFFSET_MASK)).tolist()
+        size, first = self._geometry.cluster_size, chunk * self._tables_at_once
+        tables = [entry & OFFSET_MASK for entry in self._l1[first : first + self._tables_at_once]]
+        lost = [self._is_lost(at) for at in tables]
         data = bytearray(len(tables) * size)
-        view, file_size = memoryview(data), self._file.facts().size
-        lost = [bool(at) and (not geometry.is_cluster_aligned(at) or at >= file_size) for at in tables]
+        view, guest = memoryview(data), self._chunk_start(chunk)
         requests = [
             (at, view[i * size : (i + 1) * size])
             for i, at in enumerate(tables)
             if at and not lost[i]
         ]  # fmt: skip
         await self._file.read_into(requests)
-        units = decode(_words(data), self._header, self._chunk_start(chunk))
-        for i in (i for i, is_lost in enumerate(lost) if is_lost):
-            per_table = geometry.l2_coverage // units.size
-            units.kind[i * per_table : (i + 1) * per_table] = _LOST
-        return units
+        if self._few:
+            return self._one_by_one(TABLE_WORDS.unpack(data), lost, guest)
+        from qcowfs.metadata.table_arrays import runs_of_tables
+
+        return runs_of_tables(data, lost, self._header, guest)
+
+    def _is_lost(self, table: HostOffset) -> bool:
+        aligned = self._geometry.is_cluster_aligned(table)
+        return bool(table) and (not aligned or table >= self._file.facts().size)
+
+    def _one_by_one(self, words: array[int], lost: list[bool], guest: GuestOffset) -> Iterator[Run]:
+        coverage, per_table = self._geometry.l2_coverage, len(words) // len(lost)
+        for index, is_lost in enumerate(lost):
+            start = guest + index * coverage
+            if is_lost:
+                yield Run(start, coverage, LOST, None, shared=False, stored=0)
+            else:
+                table = words[index * per_table : (index + 1) * per_table]
+                yield from runs_of_entries(table, self._header, start)
 
 
-def _words(data: bytearray) -> Words:
-    return np.frombuffer(data, ">u8").astype(np.uint64)
-
-
-def decode(words: Words, header: Header, guest: GuestOffset) -> Units:
-    """What L2 entries say whose first covers the guest offset."""
-    geometry = header.geometry
-    if geometry.extended_l2:
-        return _decode_extended(words, header, guest)
-    kind, host, stored = _decode_entries(words, header, guest)
-    is_zero = (words & np.uint64(ZERO)).astype(bool) & (kind != _COMPRESSED)
-    kind[is_zero] = _ZERO if header.version >= 3 else _LOST
-    return _units(geometry.cluster_size, kind, host, words, stored, header)
-
-
-def _decode_entries(
-    words: Words, header: Header, guest: GuestOffset
-) -> tuple[NDArray[np.uint8], Words, Words]:
-    """Kind, host offset and stored bytes by the entries alone, as if no zero flag and bitmap existed."""
-    geometry: Any = header.geometry
-    host = words & np.uint64(OFFSET_MASK)
-    compressed = (words & np.uint64(COMPRESSED)).astype(bool)
-    allocated = host != 0
-    broken = (host & np.uint64(geometry.cluster_size - 1)) != 0
-    if header.has_data_file:
-        allocated |= (words & np.uint64(COPIED)).astype(bool)
-        own = np.arange(len(words), dtype=np.uint64) * np.uint64(geometry.cluster_size) + np.uint64(guest)
-        broken |= host != own
-    kind = np.where(allocated, _DATA, _UNALLOCATED).astype(np.uint8)
-    kind[broken & allocated] = _LOST
-    kind[compressed] = _COMPRESSED
-    stored = np.where(compressed, geometry.compressed_location(words)[1], 0).astype(np.uint64)
-    return kind, host, stored
-
-
-def _decode_extended(words: Words, header: Header, guest: GuestOffset) -> Units:
-    """Entries with their bitmaps, one unit for each subcluster."""
-    entries, bitmaps = words[0::2], words[1::2]
-    of_clusters = _decode_entries(entries, header, guest)
-    kind, stored = np.repeat(of_clusters[0], SUBCLUSTERS), np.repeat(of_clusters[2], SUBCLUSTERS)
-    places = np.arange(SUBCLUSTERS, dtype=np.uint64)
-    allocated, zeros = _bits(bitmaps, places), _bits(bitmaps, places + np.uint64(SUBCLUSTERS))
-    broken = (allocated & zeros).any(axis=1)
-    broken |= allocated.any(axis=1) & (of_clusters[0] == _UNALLOCATED)
-    standard = kind != _COMPRESSED
-    stored_as = of_clusters[0][:, None]  # data, or lost where the entry's offset is broken
-    by_bits = np.where(zeros, _ZERO, np.where(allocated, stored_as, _UNALLOCATED)).astype(np.uint8).ravel()
-    kind[standard] = by_bits[standard]
-    kind[standard & np.repeat(broken, SUBCLUSTERS)] = _LOST
-    within = np.tile(places * np.uint64(header.geometry.subcluster_size), len(entries))
-    host = np.repeat(of_clusters[1], SUBCLUSTERS) + within
-    stored[within != 0] = 0
-    return _units(
-        header.geometry.subcluster_size, kind, host, np.repeat(entries, SUBCLUSTERS), stored, header
-    )
-
-
-def _bits(bitmaps: Words, places: Words) -> Flags:
-    return ((bitmaps[:, None] >> places[None, :]) & np.uint64(1)).astype(bool)
-
-
-def _units(
-    size: int, kind: NDArray[np.uint8], host: Words, entries: Words, stored: Words, header: Header
-) -> Units:
-    has_host = ((entries & np.uint64(OFFSET_MASK)) != 0) & (kind != _COMPRESSED) & (kind != _LOST)
-    copied = (entries & np.uint64(COPIED)).astype(bool)
-    if header.has_data_file:
-        has_host |= copied
-        copied[:] = True
-    return Units(size, kind, host, has_host, has_host & ~copied, stored)
-
-
-def _runs(units: Units, guest: GuestOffset) -> Iterator[Run]:
-    """Units as runs, the first of which starts at the guest offset."""
-    same = (units.kind[1:] == units.kind[:-1]) & (units.has_host[1:] == units.has_host[:-1])
-    same &= units.shared[1:] == units.shared[:-1]
-    same &= ~units.has_host[1:] | (units.host[1:] == units.host[:-1] + np.uint64(units.size))
-    starts = np.concatenate(([0], np.flatnonzero(~same) + 1))
-    ends = np.concatenate((starts[1:], [len(units.kind)]))
-    stored = np.add.reduceat(units.stored, starts)
-    columns = (starts, ends, units.kind[starts], units.host[starts], units.has_host[starts],
-               units.shared[starts], stored)  # fmt: skip
-    for start, end, kind, host, has_host, shared, size in zip(*(c.tolist() for c in columns), strict=True):
-        length, place = (end - start) * units.size, host if has_host else None
-        yield Run(guest + start * units.size, length, KINDS[kind], place, shared, size)
+def _nonzero(data: bytearray, words: array[int]) -> Iterator[int]:
+    """The indices of words that are not zero; a large table is mostly zeros, which are passed over."""
+    piece = bytearray(_CHUNK_BYTES >> 7)
+    step = len(piece) // TABLE_ENTRY_SIZE
+    for start in range(0, len(words), step):
+        if data.startswith(piece, start * TABLE_ENTRY_SIZE):
+            continue
+        yield from (i for i in range(start, min(start + step, len(words))) if words[i])
 
 
 def _cut(run: Run, start: GuestOffset, end: GuestOffset) -> Run | None:
