@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from qcowfs.data import inflate
 from qcowfs.data.backing import (
@@ -30,7 +30,7 @@ from qcowfs.data.guest_data import DataPort
 from qcowfs.data.inflate import InflatedClusters, InflatedStore
 from qcowfs.data.views import Damage, ImageView, Sources
 from qcowfs.disk.keys import Keys
-from qcowfs.disk.live import DetectZeroes, DiskWriter, Parts, make_writer
+from qcowfs.disk.parts import DetectZeroes, Parts
 from qcowfs.disk.unlocking import open_guest_data
 from qcowfs.errors import (
     BackingFileError,
@@ -52,6 +52,9 @@ from qcowfs.metadata.mapping import Mapping
 from qcowfs.metadata.snapshots import load_snapshots
 from qcowfs.metadata.usage import Usage
 from qcowfs.text import printable, quoted
+
+if TYPE_CHECKING:
+    from qcowfs.disk.live import DiskWriter
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +130,8 @@ class Image:
         label = shown(path)
         image = await _open_file(_open_top(path, label, options), label, chain, top=True)
         if options.writable:
+            from qcowfs.disk.live import make_writer
+
             try:
                 image.writer = await make_writer(image.parts())
             except BaseException:
@@ -170,6 +175,8 @@ class Image:
 
         For `states` only, while the image's writer is alone.
         """
+        from qcowfs.disk.live import make_writer
+
         self.header = await read_header(self.file, self.label)
         self.snapshots = await load_snapshots(self.file, self.header)
         self._make_caches()

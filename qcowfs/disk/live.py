@@ -9,31 +9,24 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from enum import Enum
 
 import trio
 
 from qcowfs.data.cluster_locks import ClusterLocks
-from qcowfs.data.guest_data import DataPort
 from qcowfs.data.in_place import InPlace
-from qcowfs.data.views import ImageView
 from qcowfs.data.writing import Target, Writer
 from qcowfs.data.zeroing import Zeroer, is_zero
 from qcowfs.disk.gate import Gate
+from qcowfs.disk.parts import DetectZeroes, Parts
 from qcowfs.errors import CorruptImage, MetadataOverlap, UsageError
 from qcowfs.format import extensions as ext
 from qcowfs.format.bitmaps import BitmapDirectory
 from qcowfs.format.entries import OFFSET_MASK
 from qcowfs.format.features import Autoclear, Incompatible
-from qcowfs.format.header import Header
 from qcowfs.format.luks import unpack_pointer
-from qcowfs.format.snapshot_table import Snapshot
 from qcowfs.format.words import TABLE_WORDS, Words
-from qcowfs.host.hostfile import HostFile
 from qcowfs.metadata.bitmaps import KeptBitmaps
-from qcowfs.metadata.cache import SliceStore, TableCache
-from qcowfs.metadata.epochs import ReadEpochs
+from qcowfs.metadata.cache import TableCache
 from qcowfs.metadata.flush import Flusher
 from qcowfs.metadata.linking import Linker, Tables
 from qcowfs.metadata.metadata_map import MetadataMap
@@ -44,33 +37,6 @@ log = logging.getLogger(__name__)
 _L1_PIECE = 1 << 20
 _CORRUPT = Incompatible.CORRUPT.value
 INCOMPATIBLE_FIELD, AUTOCLEAR_FIELD = 72, 88
-
-
-class DetectZeroes(Enum):
-    """What becomes of a write of zeros: data like any other, zero clusters, or clusters given back."""
-
-    OFF = "off"
-    ON = "on"
-    UNMAP = "unmap"
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What writing needs of an open image."""
-
-    label: str
-    header: Header
-    file: HostFile
-    data_file: HostFile
-    data: DataPort
-    snapshots: list[Snapshot]
-    view: ImageView
-    l1_tables: TableCache
-    l2_tables: TableCache
-    slices: SliceStore
-    epochs: ReadEpochs
-    has_backing: bool
-    detect_zeroes: DetectZeroes
 
 
 class DiskWriter:
