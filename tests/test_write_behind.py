@@ -96,3 +96,11 @@ def test_the_real_call_keeps_the_content(tmp_path: Path) -> None:
         os.close(fd)
     data = path.read_bytes()
     assert data == b"x" * 4096 + bytes(8192) + b"x" * (STEP - 12288)
+
+
+def test_nothing_is_begun_where_nobody_will_sync(told: Told) -> None:
+    behind = WriteBehind(7)
+    behind.stop()
+    behind.note(0, 2 * CHUNK)
+    behind.close()
+    assert told.ranges == []

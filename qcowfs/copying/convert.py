@@ -59,6 +59,11 @@ class Copying:
             raise UsageError(f"-c: preallocation={self.image.preallocation} does not go with it")
 
     @property
+    def workers(self) -> int:
+        """How many threads copy."""
+        return self.threads or os.cpu_count() or 1
+
+    @property
     def keeps_zeros(self) -> bool:
         """Whether clusters of zeros get a place as well."""
         return self.image is not None and self.image.preallocation != "off"
@@ -75,9 +80,7 @@ async def convert(disk: Disk, path: Path, copying: Copying, report: Report | Non
     async with AsyncExitStack() as stack:
         turns = Turns()
         target = await _make_target(stack, path, size, copying, turns)
-        workers = Workers(
-            copying.threads or os.cpu_count() or 1, lambda: _copier(disk, target, report), turns
-        )
+        workers = Workers(copying.workers, lambda: _copier(disk, target, report), turns)
         pieces = data_pieces(disk, target.unit, target.most, everything=copying.keeps_zeros)
         await workers.run(pieces)
         await target.finish()
@@ -100,7 +103,7 @@ async def _make_target(
     if form.data_file is not None:
         named = new_file(Path(form.data_file), force=copying.force, sync=False)
         data = await stack.enter_async_context(named)
-    return ImageTarget(file, form, size, turns, data, encrypt)
+    return ImageTarget(file, form, size, turns, data, encrypt, alone=copying.workers == 1)
 
 
 async def _make_encrypt(file: OsHostFile, form: Creation, passphrase: bytes | None) -> Encrypt | None:

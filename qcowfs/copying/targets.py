@@ -22,8 +22,8 @@ SPARSE_UNIT = 4096
 """Zeros of this length and alignment become holes in a raw file."""
 _CLONE_ALIGNMENT = 4096
 _MOST_COPIED = 4 << 20
-_MOST_PACKED = 1 << 20
-"""Bytes of a piece: enough for long copies by the host, and few enough to share out compressing."""
+_MOST_READ = 1 << 20
+"""Bytes of a piece: enough for long copies by the host, and few enough to be shared out and to stay near."""
 
 Encrypt = Callable[[HostOffset, memoryview], memoryview]
 """Whole clusters as they lie encrypted at a host offset."""
@@ -99,14 +99,14 @@ class _Cloner:
 
     def __init__(self, file: OsHostFile, *, works: bool = True) -> None:
         self._file = file
-        self._works = works
+        self.works = works
 
     def clone(self, source: OsHostFile | None, start: HostOffset, length: int, place: HostOffset) -> bool:
         """Whether the range is there now. For worker threads."""
-        if not self._works or source is None or (start | length | place) % _CLONE_ALIGNMENT:
+        if not self.works or source is None or (start | length | place) % _CLONE_ALIGNMENT:
             return False
-        self._works = self._file.clone_here(source, start, length, place)
-        return self._works
+        self.works = self._file.clone_here(source, start, length, place)
+        return self.works
 
 
 class RawTarget:
@@ -138,11 +138,16 @@ class ImageTarget:
 
     def __init__(
         self, file: OsHostFile, form: Creation, size: int, turns: Turns, data_file: OsHostFile | None = None,
-        encrypt: Encrypt | None = None,
+        encrypt: Encrypt | None = None, *, alone: bool = False,
     ) -> None:  # fmt: skip
-        """A new file, and one for the data if the form has one, for a disk of `size` bytes."""
+        """A new file, and one for the data if the form has one, for a disk of `size` bytes.
+
+        A thread that is `alone` has the host copy, which takes the least work; several are done sooner if
+        one reads while another writes.
+        """
         self.unit = form.cluster_size
-        self.most = max(_MOST_COPIED, self.unit)
+        self.most = max(_MOST_COPIED if alone else _MOST_READ, self.unit)
+        self._host_copies = alone and encrypt is None
         self._file = file
         self._data_file = data_file or file
         self._size = size
@@ -154,26 +159,26 @@ class ImageTarget:
 
     def take(self, piece: Piece, buffer: memoryview, read: Reading) -> None:
         """Copy a piece; every piece has to come, for each gets its place after the ones before."""
-        plain = self._encrypt is None
-        written = (_runs_to_copy if plain else _runs)(piece, buffer, self.unit, read)
-        placed = written if self._preallocation == "off" else _whole(piece, buffer, plain=plain)
+        by_host = self._host_copies or self._cloner.works
+        written = (_runs_to_copy if by_host else _runs)(piece, buffer, self.unit, read)
+        placed = written if self._preallocation == "off" else _whole(piece, buffer, by_host=by_host)
         with self._turns.turn(piece.number):
             places = [(self._image.place_data(run.guest, len(run.data)), run) for run in placed]
             tables = self._image.take_writes()
-        if self._preallocation in ("metadata", "falloc") and plain:
+        if self._preallocation in ("metadata", "falloc") and self._encrypt is None:
             places = _within(places, written)
         rest = [part for host, run in places for part in self._copy(host, run)]
         write_together(self._data_file, _encrypted(rest, self._encrypt))
         write_together(self._file, tables)
 
     def _copy(self, host: HostOffset, run: Run) -> list[tuple[HostOffset, memoryview]]:
-        """Have the host copy a run; what it leaves over, and what was read anyway, is still to be written."""
+        """Have the host copy a run if it may; what is left over, or was read, is still to be written."""
         if run.file is None:
             return [(host, run.data)]
         length = len(run.data)
         if self._cloner.clone(run.file, run.host, length, host):
             return []
-        done = self._data_file.copy_here(run.file, run.host, length, host)
+        done = self._data_file.copy_here(run.file, run.host, length, host) if self._host_copies else 0
         if done == length:
             return []
         run.file.read_here(run.host + done, run.data[done:])
@@ -196,9 +201,9 @@ def _encrypted(
     return writes if encrypt is None else [(host, encrypt(host, data)) for host, data in writes]
 
 
-def _whole(piece: Piece, buffer: memoryview, *, plain: bool) -> list[Run]:
-    """All spans of a piece, whether they hold data or not; the host may copy them only if they stay plain."""
-    sources = (_plain(piece, span) if plain else (None, 0) for span in piece.spans)
+def _whole(piece: Piece, buffer: memoryview, *, by_host: bool) -> list[Run]:
+    """All spans of a piece, whether they hold data or not; those that the host may copy are not read yet."""
+    sources = (_plain(piece, span) if by_host else (None, 0) for span in piece.spans)
     return [
         Run(span.guest, part, *source)
         for (span, part), source in zip(_parts(piece, buffer), sources, strict=True)
@@ -226,7 +231,7 @@ class CompressedTarget:
     ) -> None:  # fmt: skip
         """A new file for a disk of `size` bytes."""
         self.unit = form.cluster_size
-        self.most = max(_MOST_PACKED, self.unit)
+        self.most = max(_MOST_READ, self.unit)
         self._file = file
         self._image = FreshImage(form, size)
         self._compress = compress

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
@@ -18,6 +19,8 @@ from qcowfs.host.hostfile import run_in_thread
 
 T = TypeVar("T")
 _WAITING = 64
+_TOGETHER = 32
+"""Pieces that there is no room for and that are handed over together: a thread for each took long."""
 
 
 class CalledOff(Exception):
@@ -69,23 +72,34 @@ class Workers(Generic[T]):
             for _ in range(self._count):
                 nursery.start_soon(run_in_thread, self._work)
             try:
+                waiting: deque[T | None] = deque()
                 async for piece in pieces:
-                    await self._put(piece)
+                    waiting.append(piece)
+                    self._put_some(waiting)
+                    if len(waiting) >= _TOGETHER:
+                        await run_in_thread(self._put_all, waiting)
                     if self._off:
                         break
-                for _ in range(self._count):
-                    await self._put(None)
+                waiting.extend([None] * self._count)
+                self._put_some(waiting)
+                await run_in_thread(self._put_all, waiting)
             except BaseException:
                 self._call_off()
                 raise
         if self._failure:
             raise self._failure[0]
 
-    async def _put(self, piece: T | None) -> None:
-        try:
-            self._queue.put_nowait(piece)
-        except queue.Full:
-            await run_in_thread(self._queue.put, piece)
+    def _put_some(self, waiting: deque[T | None]) -> None:
+        """Hand over the pieces that there is room for."""
+        with suppress(queue.Full):
+            while waiting:
+                self._queue.put_nowait(waiting[0])
+                waiting.popleft()
+
+    def _put_all(self, waiting: deque[T | None]) -> None:
+        """In a thread: hand over all pieces, waiting for room."""
+        while waiting:
+            self._queue.put(waiting.popleft())
 
     def _call_off(self) -> None:
         """Have the threads end soon, whatever waits in the queue."""

@@ -44,6 +44,8 @@ SLOW_WRITE_PAUSE = 0.25
 QUICK_SYNC = 0.001
 LITTLE = 1 << 18
 """Seconds and bytes: a sync is taken to be quick after one that was, with no more than this to write."""
+_WRITERS = 2
+"""Threads that write at a time: the host lets one into a file, the next is there at once, more only wait."""
 _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("qQQQ")
 _CANNOT_CLONE = (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ETXTBSY)
@@ -121,7 +123,7 @@ class OsHostFile:
         self._last_sync = math.inf
         self._nowait = hasattr(os, "RWF_NOWAIT")
         self._write_behind = WriteBehind(fd)
-        self._one_writer = threading.Lock()
+        self._writers = threading.Semaphore(_WRITERS)
         self._punch: Callable[[int, int, int], None] | None = syscalls.punch_hole
 
     @classmethod
@@ -318,14 +320,15 @@ class OsHostFile:
         """A few bytes, fewer where the file ends."""
         return os.pread(self._fd, length, offset)
 
-    def write_here(self, offset: int, parts: Sequence[memoryview]) -> None:
-        """Write the parts one after the other from `offset` on, waiting for the host.
+    def leave_to_host(self) -> None:
+        """Have nothing written out early, as nobody will sync."""
+        self._write_behind.stop()
 
-        One thread at a time: the host lets no more into a file, and those that wait keep a processor busy.
-        """
+    def write_here(self, offset: int, parts: Sequence[memoryview]) -> None:
+        """Write the parts one after the other from `offset` on, waiting for the host."""
         for some in batches(parts):
             length = sum(map(len, some))
-            with self._one_writer:
+            with self._writers:
                 done = os.pwritev(self._fd, some, offset)
                 self._unsynced += done
                 self._write_behind.note(offset, done)
@@ -337,7 +340,7 @@ class OsHostFile:
     def copy_here(self, source: OsHostFile, start: int, length: int, offset: int) -> int:
         """Let the host copy a range of another file; how many bytes of it are there, none where it cannot."""
         done = 0
-        with self._one_writer:
+        with self._writers:
             while done < length:
                 try:
                     got = os.copy_file_range(source.fd, self._fd, length - done, start + done, offset + done)
@@ -349,6 +352,7 @@ class OsHostFile:
                     break
                 done += got
             self._unsynced += done
+            self._write_behind.note(offset, done)
         return done
 
     def clone_here(self, source: OsHostFile, start: int, length: int, offset: int) -> bool:

@@ -35,9 +35,12 @@ async def new_file(path: Path, *, force: bool = False, sync: bool = True) -> Asy
     replaced = _open_replaced(path, force=force)
     try:
         file, temporary = _create(path)
+        synced = sync or replaced is not None
+        if not synced:
+            file.leave_to_host()
         try:
             yield file
-            if sync or replaced is not None:
+            if synced:
                 await file.sync()
             _publish(file, temporary, path, replaced)
         finally:

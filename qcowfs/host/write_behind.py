@@ -27,9 +27,12 @@ class WriteBehind:
         self._start = self._end = self._written = 0
         self._pool: ThreadPoolExecutor | None = None
         self._started: Future[None] | None = None
+        self._stopped = False
 
     def note(self, offset: int, length: int) -> None:
         """Note that bytes were written; may be called from any thread, and never waits for the disk."""
+        if self._stopped:
+            return
         with self._lock:
             self._written += length
             self._start, self._end = min(self._start, offset), max(self._end, offset + length)
@@ -43,6 +46,10 @@ class WriteBehind:
     def _begin(self, start: int, length: int) -> None:
         self._pool = self._pool or ThreadPoolExecutor(1, "write-behind")
         self._started = self._pool.submit(syscalls.begin_writing, self._fd, start, length)
+
+    def stop(self) -> None:
+        """Leave all that is written from now on to the host."""
+        self._stopped = True
 
     def close(self) -> None:
         """Wait until the thread no longer uses the descriptor."""

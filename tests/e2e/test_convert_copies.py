@@ -29,10 +29,10 @@ def make_source(path: Path) -> None:
     path.write_bytes(data)
 
 
-def copy(source: Path, target: Path) -> None:
+def copy(source: Path, target: Path, threads: int) -> None:
     async def whole() -> None:
         async with open_disk(source, "raw") as disk:
-            await converting.convert(disk, target, converting.Copying(image=Creation()))
+            await converting.convert(disk, target, converting.Copying(image=Creation(), threads=threads))
 
     trio.run(whole)
 
@@ -50,14 +50,15 @@ def short(*words: int) -> int:
 REAL = os.copy_file_range
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("host", [REAL, refused, short])
 def test_a_copy_is_the_same_where_the_host_copies_all_some_or_nothing(
-    host: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    host: object, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target, other = tmp_path / "a.raw", tmp_path / "a.qcow2", tmp_path / "b.qcow2"
     make_source(source)
     monkeypatch.setattr(os, "copy_file_range", host)
-    copy(source, target)
+    copy(source, target, threads)
     run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", source, target)
     run("qemu-img", "check", target)
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", source, other)
