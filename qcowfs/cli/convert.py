@@ -17,7 +17,7 @@ _SUFFIXES = {".qcow2": "qcow2", ".qcow": "qcow2"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("source", metavar="SOURCE", help="an image, raw disk or block device")
-    parser.add_argument("target", metavar="TARGET", help="the file to be made")
+    parser.add_argument("target", metavar="TARGET", help="the file to be made, or to be written with -n")
     parser.add_argument(
         "--target-format",
         "-O",
@@ -33,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", "-m", type=int, metavar="N", help="how many work; one a processor")
     parser.add_argument("--force", action="store_true", help="replace a file that has the name")
+    parser.add_argument(
+        "--no-create",
+        "-n",
+        action="store_true",
+        help="write into TARGET as it is: a block device, or a file of at least the disk's size; "
+        "what it holds is lost",
+    )
     creation_options.add_fields(parser)
     creation_options.add_encryption(parser)
     progress.add_arguments(parser)
@@ -68,6 +75,7 @@ async def _convert(args: argparse.Namespace) -> None:
         level=args.level,
         threads=args.threads,
         force=args.force,
+        into=args.no_create,
         passphrase=key_options.new_passphrase(options.keys, args.target) if encrypted else None,
     )
     if not encrypted:

@@ -14,13 +14,21 @@ from pathlib import Path
 
 from qcowfs.codecs.compression import compressor
 from qcowfs.copying.pieces import Piece, Span, data_pieces, read_span
-from qcowfs.copying.targets import CompressedTarget, Encrypt, ImageTarget, RawTarget, Target
+from qcowfs.copying.targets import (
+    CompressedTarget,
+    Encrypt,
+    ExistingTarget,
+    ImageTarget,
+    RawTarget,
+    Target,
+)
 from qcowfs.copying.workers import Turns, Workers
 from qcowfs.creation.create import round_up_to_sectors, store_luks_area
 from qcowfs.creation.form import Creation
 from qcowfs.disk.disks import Disk
 from qcowfs.errors import UsageError
 from qcowfs.geometry import sector_index
+from qcowfs.host.existing import existing_file, make_blank
 from qcowfs.host.hostfile import OsHostFile
 from qcowfs.host.newfile import new_file
 
@@ -33,7 +41,8 @@ class Copying:
     """How a disk is copied: into an image of the form `image` or, where that is None, into a raw file.
 
     With `compress` an image's clusters are compressed, at `level` if that is given. `threads` copy at a
-    time. `force` replaces a file that is there. `passphrase` will open an encrypted image.
+    time. `force` replaces a file that is there, `into` writes the disk into one, or into a block device.
+    `passphrase` will open an encrypted image.
     """
 
     image: Creation | None = None
@@ -41,6 +50,7 @@ class Copying:
     level: int | None = None
     threads: int | None = None
     force: bool = False
+    into: bool = False
     passphrase: bytes | None = field(default=None, repr=False)
 
     def check(self) -> None:
@@ -51,11 +61,13 @@ class Copying:
             raise UsageError("-c: raw files cannot be compressed; add -O qcow2")
         if self.image is None:
             return
+        if self.into:
+            raise UsageError("-n: only a raw disk is written into what exists; --force replaces an image")
         if self.image.backing_file is not None:
             raise UsageError("backing_file: a copy stands on its own; qcowfs create makes overlays")
         if self.image.data_file is not None and self.compress:
             raise UsageError("-c: an external data file cannot hold compressed clusters")
-        if self.keeps_zeros and self.compress:
+        if self.image.preallocation != "off" and self.compress:
             raise UsageError(f"-c: preallocation={self.image.preallocation} does not go with it")
 
     @property
@@ -63,14 +75,9 @@ class Copying:
         """How many threads copy."""
         return self.threads or os.cpu_count() or 1
 
-    @property
-    def keeps_zeros(self) -> bool:
-        """Whether clusters of zeros get a place as well."""
-        return self.image is not None and self.image.preallocation != "off"
-
 
 async def convert(disk: Disk, path: Path, copying: Copying, report: Report | None = None) -> None:
-    """Copy a disk into the new file `path`, which appears when it is whole.
+    """Copy a disk into the new file `path`, which appears when it is whole, or into one that exists.
 
     Raises `CorruptImage` for damage in the source, other `QcowError`s with one line, and `OSError` as
     the host does.
@@ -81,7 +88,7 @@ async def convert(disk: Disk, path: Path, copying: Copying, report: Report | Non
         turns = Turns()
         target = await _make_target(stack, path, size, copying, turns)
         workers = Workers(copying.workers, lambda: _copier(disk, target, report), turns)
-        pieces = data_pieces(disk, target.unit, target.most, everything=copying.keeps_zeros)
+        pieces = data_pieces(disk, target.unit, target.most, everything=target.everything)
         await workers.run(pieces)
         await target.finish()
     if report is not None:
@@ -91,6 +98,9 @@ async def convert(disk: Disk, path: Path, copying: Copying, report: Report | Non
 async def _make_target(
     stack: AsyncExitStack, path: Path, size: int, copying: Copying, turns: Turns
 ) -> Target:
+    if copying.into:
+        file = await stack.enter_async_context(existing_file(path, size))
+        return ExistingTarget(file, size, blank=await make_blank(file, size))
     file = await stack.enter_async_context(new_file(path, force=copying.force, sync=False))
     form = copying.image
     if form is None:

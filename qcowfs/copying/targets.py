@@ -45,11 +45,12 @@ class Run(NamedTuple):
 class Target(Protocol):
     """Takes the pieces of a disk, several at a time, and is complete after `finish`.
 
-    Pieces are of whole `unit`s and hold at most `most` bytes.
+    Pieces are of whole `unit`s and hold at most `most` bytes. With `everything` they cover zeros too.
     """
 
     unit: int
     most: int
+    everything: bool
 
     def take(self, piece: Piece, buffer: memoryview, read: Reading) -> None:
         """Copy a piece, in a worker thread; `read` fills a buffer of that length with one of its spans."""
@@ -113,6 +114,7 @@ class RawTarget:
     """A raw file, in which zeros are holes."""
 
     unit = SPARSE_UNIT
+    everything = False
     most = 1 << 19  # what was read is still in the processor's cache when it is written
 
     def __init__(self, file: OsHostFile, size: int) -> None:
@@ -131,6 +133,28 @@ class RawTarget:
     async def finish(self) -> None:
         """Give the file its size."""
         await self._file.truncate(self._size)
+
+
+class ExistingTarget:
+    """A raw file or device that is written into; it keeps its size and what lies behind the disk's end."""
+
+    unit = SPARSE_UNIT
+    most = RawTarget.most
+
+    def __init__(self, file: OsHostFile, size: int, *, blank: bool) -> None:
+        """For a disk of `size` bytes, all of which read as zeros now if the file is `blank`."""
+        self._file = file
+        self._size = size
+        self.everything = not blank
+
+    def take(self, piece: Piece, buffer: memoryview, read: Reading) -> None:
+        """Copy a piece; pieces may come in any order."""
+        runs = _runs(piece, buffer, self.unit, read)
+        for run in _whole(piece, buffer, by_host=False) if self.everything else runs:
+            self._file.write_here(run.guest, [run.data[: self._size - run.guest]])
+
+    async def finish(self) -> None:
+        """Nothing remains."""
 
 
 class ImageTarget:
@@ -153,6 +177,7 @@ class ImageTarget:
         self._size = size
         self._image = FreshImage(form, size)
         self._preallocation = form.preallocation
+        self.everything = form.preallocation != "off"
         self._cloner = _Cloner(self._data_file, works=encrypt is None)
         self._encrypt = encrypt
         self._turns = turns
@@ -224,6 +249,8 @@ def _within(places: list[tuple[HostOffset, Run]], runs: list[Run]) -> list[tuple
 
 class CompressedTarget:
     """A new qcow2 image with compressed clusters; those that do not shrink are stored as they are."""
+
+    everything = False
 
     def __init__(
         self, file: OsHostFile, form: Creation, size: int, turns: Turns, compress: Compressor,

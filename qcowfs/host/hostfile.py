@@ -127,13 +127,13 @@ class OsHostFile:
         self._punch: Callable[[int, int, int], None] | None = syscalls.punch_hole
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, writable: bool = False) -> OsHostFile:
-        """Open a regular file or block device; others are refused without blocking.
+    def open(cls, path: str | os.PathLike[str], *, writable: bool = False, alone: bool = False) -> OsHostFile:
+        """Open a regular file or block device, `alone` if a device must not be in use; others are refused.
 
         Raises `OSError` as the host does and `UsageError` for a FIFO, socket or other device.
         """
         access = os.O_RDWR if writable else os.O_RDONLY
-        fd = os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, access | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_EXCL if alone else 0))
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             os.close(fd)

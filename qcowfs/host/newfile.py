@@ -61,7 +61,10 @@ def _open_replaced(path: Path, *, force: bool) -> OsHostFile | None:
     except FileNotFoundError:
         return None
     if not stat.S_ISREG(mode):
-        raise UsageError(f"{shown}: exists and is no regular file, so it cannot be replaced")
+        raise UsageError(
+            f"{shown}: exists and is no regular file, so it cannot be replaced; "
+            "convert -n writes into a device"
+        )
     if not force:
         raise UsageError(f"{shown}: exists; --force replaces it")
     file = OsHostFile.open(path)
