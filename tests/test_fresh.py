@@ -10,13 +10,16 @@ from qcowfs.check import check
 from qcowfs.copying.fresh import FreshImage
 from qcowfs.creation.form import Creation
 from qcowfs.disk.image import Image
-from qcowfs.metadata.mapping import COMPRESSED_KIND, DATA
+from qcowfs.metadata.mapping import COMPRESSED_KIND, DATA, ZERO_KIND
 from qcowfs.testing import MemoryHostFile
 from tests.memory import open_bytes
 
 SIZE = 600 << 9
+KINDS = st.sampled_from(["data", "compressed", "compressed", "zeros"])
 STEPS = st.lists(
-    st.tuples(st.integers(0, 9), st.integers(1, 12), st.sampled_from(["data", "compressed", "compressed"])),
+    st.tuples(
+        st.integers(0, 9), st.integers(1, 12), st.sampled_from(["data", "compressed", "compressed", "zeros"])
+    ),
     max_size=30,
 )
 
@@ -42,6 +45,10 @@ async def test_every_cluster_is_counted_and_found(
             break
         if kind == "data":
             placed.append((guest, DATA, fresh.place_data(guest, count * 512)))
+            guest += count * 512
+        elif kind == "zeros":
+            fresh.place_zeros(guest, count * 512)
+            placed.append((guest, ZERO_KIND, 0))
             guest += count * 512
         else:
             length = data.draw(st.integers(1, 511))

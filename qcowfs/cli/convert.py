@@ -40,6 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write into TARGET as it is: a block device, or a file of at least the disk's size; "
         "what it holds is lost",
     )
+    parser.add_argument(
+        "--backing",
+        "-B",
+        metavar="FILE",
+        help="make an overlay on FILE, which holds only what differs from it",
+    )
+    parser.add_argument(
+        "--backing-format", "-F", metavar="FORMAT", help="of FILE: qcow2 or raw; never guessed"
+    )
     creation_options.add_fields(parser)
     creation_options.add_encryption(parser)
     progress.add_arguments(parser)
@@ -58,14 +67,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _convert(args: argparse.Namespace) -> None:
+    from contextlib import AsyncExitStack
+
     from qcowfs.copying.convert import Copying, convert
-    from qcowfs.disk.disks import open_disk
+    from qcowfs.disk.disks import open_backing_of, open_disk
 
     target = Path(args.target)
     form = args.target_format or _SUFFIXES.get(target.suffix, "raw")
-    asked = creation_options.encryption_words(args)
+    asked = creation_options.encryption_words(args) | creation_options.backing_words(args)
     if form == "raw" and (args.fields or asked):
-        raise UsageError(f"{'-o' if args.fields else '--encrypt'}: raw files have no options; add -O qcow2")
+        named = "-o" if args.fields else "-B" if args.backing else "--encrypt"
+        raise UsageError(f"{named}: raw files have no options; add -O qcow2")
     image = creation_options.from_fields(args.fields, **asked) if form == "qcow2" else None
     options = source_options.open_options(args)
     encrypted = image is not None and image.encryption is not None
@@ -80,7 +92,12 @@ async def _convert(args: argparse.Namespace) -> None:
     )
     if not encrypted:
         options.keys.note(args.target, encrypted=False)
-    async with open_disk(Path(args.source), args.format, options, args.snapshot) as disk:
+    async with AsyncExitStack() as stack:
+        opened = open_disk(Path(args.source), args.format, options, args.snapshot)
+        disk, backing = await stack.enter_async_context(opened), None
+        if image is not None and image.backing_file is not None:
+            name, kind = image.backing_file, image.backing_format or ""
+            backing = await stack.enter_async_context(open_backing_of(target, name, kind, options))
         options.keys.check_use()
         with progress.shown(args.progress, "copying") as report:
-            await convert(disk, target, copying, report)
+            await convert(disk, target, copying, report, backing)

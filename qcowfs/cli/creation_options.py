@@ -66,9 +66,13 @@ def encryption_words(args: argparse.Namespace) -> dict[str, str]:
 
 def creation(args: argparse.Namespace) -> Creation:
     """The form that all the options ask for; raises `UsageError`."""
+    return from_fields(args.fields, **backing_words(args), **encryption_words(args))
+
+
+def backing_words(args: argparse.Namespace) -> dict[str, str]:
+    """What the options ask for that name a backing file and its format."""
     given = {"backing_file": args.backing, "backing_fmt": args.backing_format}
-    asked = {name: text for name, text in given.items() if text is not None}
-    return from_fields(args.fields, **asked, **encryption_words(args))
+    return {name: text for name, text in given.items() if text is not None}
 
 
 def from_fields(fields: list[str], **given: str) -> Creation:

@@ -70,18 +70,25 @@ def _is_zero(extent: DiskExtent | None) -> bool:
     return extent is None or (extent.zero and not extent.damage)
 
 
-def _same_file(first: Disk, second: Disk) -> bool:
-    """Whether equal host offsets of both top layers mean equal bytes."""
-    if first.image is None or second.image is None:
-        return False
-    return first.image.data_file.facts().identity == second.image.data_file.facts().identity
+class _Places:
+    """The files of both disks' layers, in which equal places mean equal bytes."""
+
+    def __init__(self, first: Disk, second: Disk) -> None:
+        self._first, self._second = _files(first), _files(second)
+
+    def same(self, one: DiskExtent | None, other: DiskExtent | None) -> bool:
+        """Whether both extents are the very same bytes of one file, as those that a snapshot shares."""
+        if one is None or other is None or one.offset is None or other.offset is None:
+            return False
+        if one.offset - one.start != other.offset - other.start or one.zero or other.zero:
+            return False
+        file = self._first[one.depth]
+        return file is not None and file == self._second[other.depth]
 
 
-def _is_same_place(one: DiskExtent | None, other: DiskExtent | None) -> bool:
-    """Whether both extents are the very same clusters, as those that a snapshot shares."""
-    if one is None or other is None or one.offset is None or other.offset is None:
-        return False
-    return one.depth == other.depth == 0 and one.offset - one.start == other.offset - other.start
+def _files(disk: Disk) -> list[tuple[int, int] | None]:
+    """Which file each layer of a disk is, as far as it can be read directly."""
+    return [None if layer is None else layer.file.facts().identity for layer in layers_of(disk)]
 
 
 async def _together(
@@ -99,6 +106,14 @@ async def _together(
                 heads[index] = await anext(walks[index], None)
         position = end
         await trio.lowlevel.checkpoint()
+
+
+async def may_differ(first: Disk, second: Disk) -> AsyncIterator[tuple[int, int]]:
+    """The ranges that one has to read to know whether two disks are equal there."""
+    places = _Places(first, second)
+    async for start, end, one, other in _together(first, second):
+        if not places.same(one, other) and not (_is_zero(one) and _is_zero(other)):
+            yield start, end
 
 
 class _Range(NamedTuple):
@@ -142,14 +157,14 @@ class _Comparison:
 
     async def ranges(self) -> AsyncIterator[_Range]:
         """The ranges that have to be read, until anything is found."""
-        both = _same_file(*self._disks)
+        places = _Places(*self._disks)
         async for start, end, one, other in _together(*self._disks):
             if self._found is not None:
                 return
             if self._strict and one is not None and other is not None and _status(one) != _status(other):
                 self.find(start, Verdict(self._sizes, status_offset=start))
                 return
-            if not (both and _is_same_place(one, other)) and not (_is_zero(one) and _is_zero(other)):
+            if not places.same(one, other) and not (_is_zero(one) and _is_zero(other)):
                 yield _Range(start, end, (one, other))
             if self._report is not None:
                 self._report(min(end, max(self._sizes)), max(self._sizes))

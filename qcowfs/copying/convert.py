@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qcowfs.codecs.compression import compressor
-from qcowfs.copying.pieces import Piece, Span, data_pieces, read_span
+from qcowfs.copying.differing import Source, differing
+from qcowfs.copying.pieces import Piece, data_pieces
 from qcowfs.copying.targets import (
     CompressedTarget,
     Encrypt,
@@ -63,8 +64,8 @@ class Copying:
             return
         if self.into:
             raise UsageError("-n: only a raw disk is written into what exists; --force replaces an image")
-        if self.image.backing_file is not None:
-            raise UsageError("backing_file: a copy stands on its own; qcowfs create makes overlays")
+        if self.image.backing_file is not None and self.image.preallocation != "off":
+            raise UsageError(f"preallocation={self.image.preallocation}: an overlay holds what differs only")
         if self.image.data_file is not None and self.compress:
             raise UsageError("-c: an external data file cannot hold compressed clusters")
         if self.image.preallocation != "off" and self.compress:
@@ -76,19 +77,24 @@ class Copying:
         return self.threads or os.cpu_count() or 1
 
 
-async def convert(disk: Disk, path: Path, copying: Copying, report: Report | None = None) -> None:
+async def convert(
+    disk: Disk, path: Path, copying: Copying, report: Report | None = None, backing: Disk | None = None
+) -> None:
     """Copy a disk into the new file `path`, which appears when it is whole, or into one that exists.
+
+    Where the new image has a backing file, that is open as `backing`, and only what differs is copied.
 
     Raises `CorruptImage` for damage in the source, other `QcowError`s with one line, and `OSError` as
     the host does.
     """
     copying.check()
-    size = round_up_to_sectors(disk.size)
+    size, source = round_up_to_sectors(disk.size), Source(disk, backing)
     async with AsyncExitStack() as stack:
         turns = Turns()
         target = await _make_target(stack, path, size, copying, turns)
-        workers = Workers(copying.workers, lambda: _copier(disk, target, report), turns)
-        pieces = data_pieces(disk, target.unit, target.most, everything=target.everything)
+        workers = Workers(copying.workers, lambda: _copier(source, target, report), turns)
+        within = None if backing is None else differing(disk, backing, target.unit)
+        pieces = data_pieces(disk, target.unit, target.most, everything=target.everything, within=within)
         await workers.run(pieces)
         await target.finish()
     if report is not None:
@@ -127,16 +133,13 @@ async def _make_encrypt(file: OsHostFile, form: Creation, passphrase: bytes | No
     return lambda host, data: cipher.encrypt(data, sector_index(host))
 
 
-def _copier(disk: Disk, target: Target, report: Report | None) -> Callable[[Piece], None]:
+def _copier(source: Source, target: Target, report: Report | None) -> Callable[[Piece], None]:
     """The function by which one worker copies pieces, with a buffer of its own."""
     buffer = memoryview(bytearray(target.most))
 
-    def read(span: Span, part: memoryview) -> None:
-        read_span(span, disk, part)
-
     def copy(piece: Piece) -> None:
-        target.take(piece, buffer[: piece.length], read)
+        target.take(piece, buffer[: piece.length], source)
         if report is not None:
-            report(piece.end, disk.size)
+            report(piece.end, source.disk.size)
 
     return copy

@@ -12,12 +12,13 @@ from dataclasses import replace
 
 from qcowfs.creation.form import Creation
 from qcowfs.creation.layout import plan_refcounts
-from qcowfs.format.entries import COMPRESSED, COPIED
+from qcowfs.format.entries import COMPRESSED, COPIED, ZERO
 from qcowfs.format.words import TABLE_WORDS, Words
 from qcowfs.geometry import TABLE_ENTRY_SIZE, GuestOffset, HostOffset
 
 Write = tuple[HostOffset, bytes]
 _ALL_ALLOCATED = 0xFFFF_FFFF
+_ALL_ZERO = _ALL_ALLOCATED << 32
 _MOST_COUNTED = 0xFFFF
 
 
@@ -56,6 +57,15 @@ class FreshImage:
             place += stop - position
             position = stop
         return host
+
+    def place_zeros(self, guest: GuestOffset, length: int) -> None:
+        """Let a run of whole guest clusters read as zeros whatever the backing file has there."""
+        size, position, end = self.geometry.cluster_size, guest, guest + length
+        word, bitmap = (0, _ALL_ZERO) if self.geometry.extended_l2 else (ZERO, 0)
+        while position < end:
+            stop = min(end, self.geometry.l2_coverage_end(position))
+            self._set(position, array("Q", [word]) * ((stop - position) // size), bitmap)
+            position = stop
 
     def place_compressed(self, guest: GuestOffset, length: int) -> HostOffset:
         """Where a compressed cluster of that many bytes goes, close behind the last one."""

@@ -18,6 +18,8 @@ from qcowfs.disk.extents import DiskExtent, disk_extents
 from qcowfs.geometry import GuestOffset, HostOffset
 from qcowfs.host.hostfile import OsHostFile, run_in_loop
 
+Range = tuple[GuestOffset, GuestOffset]
+"""Guest bytes: where they start and end."""
 _LOOK = 8
 """Bytes of a unit that are looked at first: data rarely begins with that many zeros."""
 
@@ -101,13 +103,16 @@ def _read(span: Span, disk: Disk, part: memoryview) -> None:
         run_in_loop(disk.reader.read_into, span.guest, part)
 
 
-async def data_pieces(disk: Disk, unit: int, most: int, *, everything: bool = False) -> AsyncIterator[Piece]:
+async def data_pieces(
+    disk: Disk, unit: int, most: int, *, everything: bool = False, within: AsyncIterator[Range] | None = None
+) -> AsyncIterator[Piece]:
     """Pieces of at most `most` bytes that cover all that may not be zeros, in whole units of the target.
 
-    With `everything` they cover the whole disk.
+    With `everything` they cover the whole disk, or what lies `within` ranges of whole units, in order.
     """
     piece = Piece(0, disk.size)
-    async for span in _spans(disk, unit, everything=everything):
+    spans = _spans(disk, unit, everything=everything or within is not None)
+    async for span in spans if within is None else _clipped(spans, within):
         position = 0
         while position < span.length:
             room = most - piece.length
@@ -139,6 +144,20 @@ async def _spans(disk: Disk, unit: int, *, everything: bool) -> AsyncIterator[Sp
                 if span.length:
                     yield span
         covered = end
+
+
+async def _clipped(spans: AsyncIterator[Span], ranges: AsyncIterator[Range]) -> AsyncIterator[Span]:
+    """What of the spans lies within the ranges."""
+    current = await anext(ranges, None)
+    async for span in spans:
+        end = span.guest + span.length
+        while current is not None and current[0] < end:
+            low, high = max(current[0], span.guest), min(current[1], end)
+            if low < high:
+                yield span.part(low - span.guest, high - low)
+            if current[1] > end:
+                break
+            current = await anext(ranges, None)
 
 
 def _split(extent: DiskExtent, layer: Layer | None, start: int, end: int, unit: int) -> list[Span]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from qcowfs.codecs.compression import Compressor
+from qcowfs.copying.differing import Source
 from qcowfs.copying.fresh import FreshImage
 from qcowfs.copying.pieces import Piece, Span, look_for_data
 from qcowfs.copying.workers import Turns
@@ -30,16 +31,18 @@ Encrypt = Callable[[HostOffset, memoryview], memoryview]
 _LEAST_LOOKED = 1 << 14
 """Units from this size on are looked at one by one; smaller ones are read together."""
 
-Reading = Callable[[Span, memoryview], None]
-
 
 class Run(NamedTuple):
-    """Guest bytes that are not all zeros. Where they lie in a file as they are, `data` is not read yet."""
+    """Guest bytes that are to be stored. Where they lie in a file as they are, `data` is not read yet.
+
+    `blank` ones are zeros that an overlay has to hold.
+    """
 
     guest: int
     data: memoryview
     file: OsHostFile | None
     host: HostOffset
+    blank: bool = False
 
 
 class Target(Protocol):
@@ -52,8 +55,8 @@ class Target(Protocol):
     most: int
     everything: bool
 
-    def take(self, piece: Piece, buffer: memoryview, read: Reading) -> None:
-        """Copy a piece, in a worker thread; `read` fills a buffer of that length with one of its spans."""
+    def take(self, piece: Piece, buffer: memoryview, source: Source) -> None:
+        """Copy a piece of the source, in a worker thread, with a buffer of the piece's length."""
 
     async def finish(self) -> None:
         """Write what remains when every piece is there."""
@@ -67,22 +70,23 @@ def _parts(piece: Piece, buffer: memoryview) -> Iterator[tuple[Span, memoryview]
         position += span.length
 
 
-def _runs(piece: Piece, buffer: memoryview, unit: int, read: Reading) -> list[Run]:
+def _runs(piece: Piece, buffer: memoryview, unit: int, source: Source) -> list[Run]:
     """The parts of a piece that hold data, all of them read."""
     found: list[Run] = []
     for span, part in _parts(piece, buffer):
-        read(span, part)
-        found += [Run(span.guest + a, part[a:b], None, 0) for a, b in data_runs(part, unit)]
+        found += [
+            Run(span.guest + a, part[a:b], None, 0, blank) for a, b, blank in source.find(span, part, unit)
+        ]
     return found
 
 
-def _runs_to_copy(piece: Piece, buffer: memoryview, unit: int, read: Reading) -> list[Run]:
+def _runs_to_copy(piece: Piece, buffer: memoryview, unit: int, source: Source) -> list[Run]:
     """The parts of a piece that hold data; what the host may copy is only looked at."""
     found: list[Run] = []
     for span, part in _parts(piece, buffer):
         file, host = _plain(piece, span)
         if file is None or unit < _LEAST_LOOKED:
-            read(span, part)
+            source.read(span, part)
             runs = data_runs(part, unit)
         else:
             runs = look_for_data(file, host, part, unit)
@@ -123,11 +127,11 @@ class RawTarget:
         self._size = size
         self._cloner = _Cloner(file)
 
-    def take(self, piece: Piece, buffer: memoryview, read: Reading) -> None:
+    def take(self, piece: Piece, buffer: memoryview, source: Source) -> None:
         """Copy a piece; pieces may come in any order."""
         if all(self._cloner.clone(s.file, s.host or 0, s.length, s.guest) for s in piece.spans):
             return
-        for run in _runs(piece, buffer, self.unit, read):
+        for run in _runs(piece, buffer, self.unit, source):
             self._file.write_here(run.guest, [run.data[: self._size - run.guest]])
 
     async def finish(self) -> None:
@@ -147,9 +151,9 @@ class ExistingTarget:
         self._size = size
         self.everything = not blank
 
-    def take(self, piece: Piece, buffer: memoryview, read: Reading) -> None:
+    def take(self, piece: Piece, buffer: memoryview, source: Source) -> None:
         """Copy a piece; pieces may come in any order."""
-        runs = _runs(piece, buffer, self.unit, read)
+        runs = _runs(piece, buffer, self.unit, source)
         for run in _whole(piece, buffer, by_host=False) if self.everything else runs:
             self._file.write_here(run.guest, [run.data[: self._size - run.guest]])
 
@@ -171,6 +175,7 @@ class ImageTarget:
         """
         self.unit = form.cluster_size
         self.most = max(_MOST_COPIED if alone else _MOST_READ, self.unit)
+        self._overlay = form.backing_file is not None
         self._host_copies = alone and encrypt is None
         self._file = file
         self._data_file = data_file or file
@@ -182,19 +187,26 @@ class ImageTarget:
         self._encrypt = encrypt
         self._turns = turns
 
-    def take(self, piece: Piece, buffer: memoryview, read: Reading) -> None:
+    def take(self, piece: Piece, buffer: memoryview, source: Source) -> None:
         """Copy a piece; every piece has to come, for each gets its place after the ones before."""
-        by_host = self._host_copies or self._cloner.works
-        written = (_runs_to_copy if by_host else _runs)(piece, buffer, self.unit, read)
+        by_host = (self._host_copies or self._cloner.works) and not self._overlay
+        written = (_runs_to_copy if by_host else _runs)(piece, buffer, self.unit, source)
         placed = written if self._preallocation == "off" else _whole(piece, buffer, by_host=by_host)
         with self._turns.turn(piece.number):
-            places = [(self._image.place_data(run.guest, len(run.data)), run) for run in placed]
+            places = [(host, run) for run in placed if (host := self._place(run)) is not None]
             tables = self._image.take_writes()
         if self._preallocation in ("metadata", "falloc") and self._encrypt is None:
             places = _within(places, written)
         rest = [part for host, run in places for part in self._copy(host, run)]
         write_together(self._data_file, _encrypted(rest, self._encrypt))
         write_together(self._file, tables)
+
+    def _place(self, run: Run) -> HostOffset | None:
+        """Where the data of a run goes; nowhere if the tables can tell that it is zeros."""
+        if run.blank and self._image.form.version >= 3:
+            self._image.place_zeros(run.guest, len(run.data))
+            return None
+        return self._image.place_data(run.guest, len(run.data))
 
     def _copy(self, host: HostOffset, run: Run) -> list[tuple[HostOffset, memoryview]]:
         """Have the host copy a run if it may; what is left over, or was read, is still to be written."""
@@ -265,13 +277,13 @@ class CompressedTarget:
         self._encrypt = encrypt
         self._turns = turns
 
-    def take(self, piece: Piece, buffer: memoryview, read: Reading) -> None:
+    def take(self, piece: Piece, buffer: memoryview, source: Source) -> None:
         """Copy a piece; every piece has to come, for each gets its place after the ones before."""
-        clusters = self._pack(_runs(piece, buffer, self.unit, read))
+        clusters = self._pack(_runs(piece, buffer, self.unit, source))
         with self._turns.turn(piece.number):
             placed = [(self._place(guest, data), data) for guest, data in clusters]
             tables = self._image.take_writes()
-        write_together(self._file, [*(self._sealed(*place) for place in placed), *tables])
+        write_together(self._file, [*(self._sealed(*place) for place in placed if place[1]), *tables])
 
     def _sealed(self, host: HostOffset, data: bytes | memoryview) -> tuple[HostOffset, bytes | memoryview]:
         """What is written for a cluster; compressed ones are never encrypted."""
@@ -280,16 +292,22 @@ class CompressedTarget:
         return host, self._encrypt(host, memoryview(data))
 
     def _pack(self, runs: list[Run]) -> list[tuple[int, bytes | memoryview]]:
-        """Each cluster that holds data, compressed where that makes it smaller."""
+        """Each cluster that holds data, compressed where that makes it smaller; nothing for blank ones."""
         packed: list[tuple[int, bytes | memoryview]] = []
         for run in runs:
             for start in range(0, len(run.data), self.unit):
                 cluster = run.data[start : start + self.unit]
+                if run.blank and self._image.form.version >= 3:
+                    packed.append((run.guest + start, b""))
+                    continue
                 smaller = self._compress(cluster)
                 packed.append((run.guest + start, smaller if len(smaller) < self.unit else cluster))
         return packed
 
     def _place(self, guest: int, data: bytes | memoryview) -> HostOffset:
+        if not data:
+            self._image.place_zeros(guest, self.unit)
+            return 0
         if len(data) < self.unit:
             return self._image.place_compressed(guest, len(data))
         return self._image.place_data(guest, self.unit)

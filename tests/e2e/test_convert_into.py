@@ -1,4 +1,4 @@
-"""`qcowfs convert -n` writes a disk into a block device or file that exists, as `qemu-img convert -n` does."""
+"""`qcowfs convert -n` writes a disk into a device or file that exists, as `qemu-img convert -n` does."""
 
 from __future__ import annotations
 
