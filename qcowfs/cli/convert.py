@@ -49,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backing-format", "-F", metavar="FORMAT", help="of FILE: qcow2 or raw; never guessed"
     )
+    parser.add_argument("--bitmaps", action="store_true", help="take the image's persistent bitmaps along")
+    parser.add_argument(
+        "--skip-broken-bitmaps", action="store_true", help="with --bitmaps: leave out those in no order"
+    )
     creation_options.add_fields(parser)
     creation_options.add_encryption(parser)
     progress.add_arguments(parser)
@@ -88,6 +92,8 @@ async def _convert(args: argparse.Namespace) -> None:
         threads=args.threads,
         force=args.force,
         into=args.no_create,
+        bitmaps=args.bitmaps,
+        skip_broken_bitmaps=args.skip_broken_bitmaps,
         passphrase=key_options.new_passphrase(options.keys, args.target) if encrypted else None,
     )
     if not encrypted:

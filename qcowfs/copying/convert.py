@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qcowfs.codecs.compression import compressor
+from qcowfs.copying.bitmaps import BitmapCopy, load_bitmaps
 from qcowfs.copying.differing import Source, differing
+from qcowfs.copying.fresh import FreshImage
 from qcowfs.copying.pieces import Piece, data_pieces
 from qcowfs.copying.targets import (
     CompressedTarget,
@@ -43,7 +45,8 @@ class Copying:
 
     With `compress` an image's clusters are compressed, at `level` if that is given. `threads` copy at a
     time. `force` replaces a file that is there, `into` writes the disk into one, or into a block device.
-    `passphrase` will open an encrypted image.
+    `passphrase` will open an encrypted image. `bitmaps` are taken along, and have to be in order
+    unless broken ones are skipped.
     """
 
     image: Creation | None = None
@@ -53,6 +56,8 @@ class Copying:
     force: bool = False
     into: bool = False
     passphrase: bytes | None = field(default=None, repr=False)
+    bitmaps: bool = False
+    skip_broken_bitmaps: bool = False
 
     def check(self) -> None:
         """Raise `UsageError` where these do not go together."""
@@ -60,6 +65,8 @@ class Copying:
             raise UsageError(f"{self.threads} threads: must be at least 1")
         if self.image is None and self.compress:
             raise UsageError("-c: raw files cannot be compressed; add -O qcow2")
+        if self.image is None and self.bitmaps:
+            raise UsageError("--bitmaps: raw files have none; add -O qcow2")
         if self.image is None:
             return
         if self.into:
@@ -91,7 +98,11 @@ async def convert(
     size, source = round_up_to_sectors(disk.size), Source(disk, backing)
     async with AsyncExitStack() as stack:
         turns = Turns()
-        target = await _make_target(stack, path, size, copying, turns)
+        bitmaps: list[BitmapCopy] = []
+        if copying.bitmaps and copying.image is not None:
+            skip = copying.skip_broken_bitmaps
+            bitmaps = await load_bitmaps(disk, copying.image.cluster_size, skip_broken=skip)
+        target = await _make_target(stack, path, size, copying, turns, bitmaps)
         workers = Workers(copying.workers, lambda: _copier(source, target, report), turns)
         within = None if backing is None else differing(disk, backing, target.unit)
         pieces = data_pieces(disk, target.unit, target.most, everything=target.everything, within=within)
@@ -102,7 +113,7 @@ async def convert(
 
 
 async def _make_target(
-    stack: AsyncExitStack, path: Path, size: int, copying: Copying, turns: Turns
+    stack: AsyncExitStack, path: Path, size: int, copying: Copying, turns: Turns, bitmaps: list[BitmapCopy]
 ) -> Target:
     if copying.into:
         file = await stack.enter_async_context(existing_file(path, size))
@@ -111,15 +122,16 @@ async def _make_target(
     form = copying.image
     if form is None:
         return RawTarget(file, size)
+    image = FreshImage(form, size, bitmaps)
     encrypt = await _make_encrypt(file, form, copying.passphrase)
     if copying.compress:
         compress = compressor(form.compression_type, copying.level)
-        return CompressedTarget(file, form, size, turns, compress, encrypt)
+        return CompressedTarget(file, image, turns, compress, encrypt)
     data = None
     if form.data_file is not None:
         named = new_file(Path(form.data_file), force=copying.force, sync=False)
         data = await stack.enter_async_context(named)
-    return ImageTarget(file, form, size, turns, data, encrypt, alone=copying.workers == 1)
+    return ImageTarget(file, image, turns, data, encrypt, alone=copying.workers == 1)
 
 
 async def _make_encrypt(file: OsHostFile, form: Creation, passphrase: bytes | None) -> Encrypt | None:

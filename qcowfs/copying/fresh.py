@@ -8,11 +8,18 @@ all is known.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import replace
 
+from qcowfs.copying.bitmaps import BitmapCopy
 from qcowfs.creation.form import Creation
 from qcowfs.creation.layout import plan_refcounts
+from qcowfs.errors import UsageError
+from qcowfs.format import extensions as ext
+from qcowfs.format.bitmaps import BitmapDirectory, BitmapEntry
 from qcowfs.format.entries import COMPRESSED, COPIED, ZERO
+from qcowfs.format.extensions import Extension
+from qcowfs.format.features import Autoclear
 from qcowfs.format.words import TABLE_WORDS, Words
 from qcowfs.geometry import TABLE_ENTRY_SIZE, GuestOffset, HostOffset
 
@@ -25,11 +32,16 @@ _MOST_COUNTED = 0xFFFF
 class FreshImage:
     """The tables of a new image while its content comes in, in the order of guest offsets."""
 
-    def __init__(self, form: Creation, size: int) -> None:
-        """An image whose disk has `size` bytes; raises `UsageError` if it cannot have."""
+    def __init__(self, form: Creation, size: int, bitmaps: Sequence[BitmapCopy] = ()) -> None:
+        """An image with such a disk and bitmaps; raises `UsageError` if it cannot have them."""
         self.form = form
+        self.size = size
         self.geometry = form.geometry
-        self._header = form.header(size)
+        if bitmaps and form.version < 3:
+            raise UsageError("--bitmaps: version 2 images have none; use compat=v3")
+        self._bitmaps = bitmaps
+        place = BitmapDirectory(len(bitmaps), 0, 0)
+        self._header = form.header(size, *([Extension(ext.BITMAPS, place.pack())] if bitmaps else []))
         self._words = self.geometry.l2_entry_size // TABLE_ENTRY_SIZE
         self._l1 = array("Q", [0]) * self.geometry.l1_entries_for(size)
         self._table: tuple[int, array[int]] | None = None
@@ -82,6 +94,8 @@ class FreshImage:
     def finish(self) -> list[Write]:
         """All that remains to be written, the header last; `end` is final then."""
         self._finish_table()
+        if self._bitmaps:
+            self._place_bitmaps()
         geometry = self.geometry
         l1_table = self._take(geometry.clusters_for(len(self._l1) * TABLE_ENTRY_SIZE))
         plan = plan_refcounts(geometry, len(self._counts))
@@ -100,6 +114,25 @@ class FreshImage:
         self._writes += [(blocks + index * size, self._block(index)) for index in range(plan.blocks)]
         self._writes.append((0, header.pack()))
         return self.take_writes()
+
+    def _place_bitmaps(self) -> None:
+        """The bits, tables and directory of all bitmaps, and the header that names them."""
+        size, directory = self.geometry.cluster_size, b""
+        for bitmap in self._bitmaps:
+            table = array("Q", [0]) * bitmap.clusters
+            for index, bits in sorted(bitmap.bits.items()):
+                table[index] = self._take(1)
+                self._writes.append((table[index], bytes(bits)))
+            place = self._take(-(-len(table) * TABLE_ENTRY_SIZE // size))
+            self._writes.append((place, TABLE_WORDS.pack(table)))
+            entry = BitmapEntry(place, len(table), bitmap.flags, bitmap.granularity, bitmap.name)
+            directory += entry.pack()
+        start = self._take(self.geometry.clusters_for(len(directory)))
+        self._writes.append((start, directory))
+        data = BitmapDirectory(len(self._bitmaps), len(directory), start).pack()
+        named = [Extension(e.kind, data) if e.kind == ext.BITMAPS else e for e in self._header.extensions]
+        autoclear = self._header.autoclear | Autoclear.BITMAPS
+        self._header = replace(self._header, extensions=tuple(named), autoclear=autoclear)
 
     def _block(self, index: int) -> bytes:
         """One refcount block."""

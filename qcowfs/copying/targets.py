@@ -14,7 +14,6 @@ from qcowfs.copying.differing import Source
 from qcowfs.copying.fresh import FreshImage
 from qcowfs.copying.pieces import Piece, Span, look_for_data
 from qcowfs.copying.workers import Turns
-from qcowfs.creation.form import Creation
 from qcowfs.data.zeros import data_runs
 from qcowfs.geometry import HostOffset
 from qcowfs.host.hostfile import OsHostFile
@@ -165,22 +164,22 @@ class ImageTarget:
     """A new qcow2 image; clusters of zeros are left out, or only kept a place for."""
 
     def __init__(
-        self, file: OsHostFile, form: Creation, size: int, turns: Turns, data_file: OsHostFile | None = None,
+        self, file: OsHostFile, image: FreshImage, turns: Turns, data_file: OsHostFile | None = None,
         encrypt: Encrypt | None = None, *, alone: bool = False,
     ) -> None:  # fmt: skip
-        """A new file, and one for the data if the form has one, for a disk of `size` bytes.
+        """A new file for the image, and one for its data if it has one.
 
         A thread that is `alone` has the host copy, which takes the least work; several are done sooner if
         one reads while another writes.
         """
+        form = image.form
         self.unit = form.cluster_size
         self.most = max(_MOST_COPIED if alone else _MOST_READ, self.unit)
         self._overlay = form.backing_file is not None
         self._host_copies = alone and encrypt is None
         self._file = file
         self._data_file = data_file or file
-        self._size = size
-        self._image = FreshImage(form, size)
+        self._image = image
         self._preallocation = form.preallocation
         self.everything = form.preallocation != "off"
         self._cloner = _Cloner(self._data_file, works=encrypt is None)
@@ -226,9 +225,9 @@ class ImageTarget:
         await self._file.write_from(self._image.finish())
         await self._file.truncate(self._image.end)
         if self._data_file is not self._file:
-            await self._data_file.truncate(self._size)
-        if self._preallocation == "falloc" and self._size:
-            whole = self._image.end if self._data_file is self._file else self._size
+            await self._data_file.truncate(self._image.size)
+        if self._preallocation == "falloc" and self._image.size:
+            whole = self._image.end if self._data_file is self._file else self._image.size
             await self._data_file.allocate(0, whole)
 
 
@@ -265,14 +264,14 @@ class CompressedTarget:
     everything = False
 
     def __init__(
-        self, file: OsHostFile, form: Creation, size: int, turns: Turns, compress: Compressor,
+        self, file: OsHostFile, image: FreshImage, turns: Turns, compress: Compressor,
         encrypt: Encrypt | None = None,
     ) -> None:  # fmt: skip
-        """A new file for a disk of `size` bytes."""
-        self.unit = form.cluster_size
+        """A new file for the image."""
+        self.unit = image.form.cluster_size
         self.most = max(_MOST_READ, self.unit)
         self._file = file
-        self._image = FreshImage(form, size)
+        self._image = image
         self._compress = compress
         self._encrypt = encrypt
         self._turns = turns

@@ -181,8 +181,11 @@ class Creation:
                 f"the most is {min(most, MAX_SIZE)}"
             )
 
-    def header(self, size: int) -> Header:
-        """The header of an image whose disk has `size` bytes, its tables still without places."""
+    def header(self, size: int, *further: Extension) -> Header:
+        """The header of an image whose disk has `size` bytes, its tables still without places.
+
+        It has the further extensions as well.
+        """
         self.check_size(size)
         header = Header(
             version=self.version,
@@ -197,7 +200,7 @@ class Creation:
             snapshots_offset=0,
             refcount_order=self.geometry.refcount_order,
             backing_name=None if self.backing_file is None else os.fsencode(self.backing_file),
-            extensions=self._extensions(),
+            extensions=(*further, *self._extensions()),
         )
         return self._fitting(replace(header, **self._version_3_fields()) if self.version >= 3 else header)
 

@@ -44,6 +44,10 @@ class BitmapDirectory:
             raise CorruptImage(f"bitmaps extension: {count} bitmaps in {size} bytes break the limits")
         return cls(count, size, offset)
 
+    def pack(self) -> bytes:
+        """The extension's data."""
+        return _EXTENSION.pack(self.count, 0, self.size, self.offset)
+
 
 @dataclass(frozen=True)
 class BitmapEntry:
@@ -60,6 +64,15 @@ class BitmapEntry:
     name: bytes
     start: int = field(default=0, compare=False)
     plain: bool = field(default=True, compare=False)
+
+    def pack(self) -> bytes:
+        """The entry of a directory, for a bitmap that is `plain`."""
+        bits = self.granularity.bit_length() - 1
+        head = _ENTRY.pack(
+            self.table_offset, self.table_size, self.flags, TYPE_DIRTY, bits, len(self.name), 0
+        )
+        data = head + self.name
+        return data + bytes(-len(data) % 8)
 
     @property
     def flag_names(self) -> list[str]:

@@ -69,13 +69,17 @@ async def load_entries(file: HostFile, header: Header) -> tuple[BitmapDirectory 
 async def list_bitmaps(file: HostFile, header: Header) -> list[BitmapRecord]:
     """Every bitmap of an image, with how much of the disk it calls dirty."""
     _, entries = await load_entries(file, header)
-    trusted = bool(header.autoclear & Autoclear.BITMAPS)
     records = []
     for entry in entries:
-        usable = trusted and entry.plain and not entry.flags & FLAG_IN_USE
+        usable = is_in_order(header, entry)
         dirty = await _count(file, header, entry) if usable else None
         records.append(BitmapRecord(entry.name, entry.granularity, entry.flag_names, dirty))
     return records
+
+
+def is_in_order(header: Header, entry: BitmapEntry) -> bool:
+    """Whether a bitmap can be understood and its bits be trusted."""
+    return bool(header.autoclear & Autoclear.BITMAPS) and entry.plain and not entry.flags & FLAG_IN_USE
 
 
 async def _count(file: HostFile, header: Header, entry: BitmapEntry) -> int:
@@ -84,7 +88,7 @@ async def _count(file: HostFile, header: Header, entry: BitmapEntry) -> int:
     granules = -(-size // entry.granularity)
     per_cluster = geometry.cluster_size * 8
     found = 0
-    for index, word in enumerate(await _load_table(file, header, entry)):
+    for index, word in enumerate(await load_table(file, header, entry)):
         here = max(0, min(per_cluster, granules - index * per_cluster))
         if word & OFFSET_MASK:
             bits = int.from_bytes(await _read(file, word & OFFSET_MASK, geometry.cluster_size), "little")
@@ -94,7 +98,7 @@ async def _count(file: HostFile, header: Header, entry: BitmapEntry) -> int:
     return min(size, found * entry.granularity)
 
 
-async def _load_table(file: HostFile, header: Header, entry: BitmapEntry) -> array[int]:
+async def load_table(file: HostFile, header: Header, entry: BitmapEntry) -> array[int]:
     """The bitmap's table; raises `CorruptImage` if it is short of the disk or names what is no cluster."""
     geometry, label = header.geometry, f"bitmap table at {entry.table_offset:#x}"
     end = geometry.cluster_round_up(file.facts().size)
@@ -185,7 +189,7 @@ class KeptBitmaps:
             if not entry.plain and entry.flags & FLAG_AUTO:
                 raise CorruptImage("one is of an unknown kind")
             if entry.plain:
-                table = await _load_table(self._file, self._header, entry)
+                table = await load_table(self._file, self._header, entry)
                 self._protect(entry, table)
                 kept.append(_Kept(entry, table, Granules(entry.granularity)))
         return kept
