@@ -102,8 +102,40 @@ class Zeroer:
         return new is not None
 
     async def _zero_part(self, guest: GuestOffset, length: int) -> None:
-        if not await self._writer.reads_as_zeros(guest, length):
-            await self._writer.write(guest, memoryview(bytes(length)))
+        """Zero a part of one cluster: its whole subclusters by their bits, where there are any."""
+        if await self._writer.reads_as_zeros(guest, length):
+            return
+        end, size = guest + length, self._geometry.subcluster_size
+        low = -(-guest // size) * size
+        high = end if end == self._size else end // size * size
+        if low < high and self._geometry.extended_l2 and await self._zero_subclusters(low, high):
+            await self._write_zeros(guest, low)
+            await self._write_zeros(high, end)
+        else:
+            await self._write_zeros(guest, end)
+
+    async def _write_zeros(self, guest: GuestOffset, end: GuestOffset) -> None:
+        if guest < end:
+            await self._writer.write(guest, memoryview(bytes(end - guest)))
+
+    async def _zero_subclusters(self, guest: GuestOffset, end: GuestOffset) -> bool:
+        """Mark subclusters of one cluster as zeros; False where its entry cannot tell."""
+        geometry = self._geometry
+        start, number = geometry.cluster_start(guest), guest >> geometry.cluster_bits
+        first = geometry.subcluster_index(guest)
+        bits = (1 << -(-(end - start) // geometry.subcluster_size)) - (1 << first)
+        await self._locks.hold(range(number, number + 1))
+        try:
+            await self._linker.ensure_table(start)
+            return self._change_entry(start, lambda old: self._partly_zeroed(old, bits))
+        finally:
+            self._locks.release(range(number, number + 1))
+
+    def _partly_zeroed(self, old: Entry, bits: int) -> Entry | None:
+        """The entry of a cluster that keeps its place, if it has one, with these subclusters zero."""
+        if self._to.external or old.word & COMPRESSED:
+            return None
+        return Entry(old.word, old.bitmap & ~bits | bits << SUBCLUSTERS)
 
     def _zeroed(self, old: Entry, *, unmap: bool) -> Entry | None:
         """The entry of a cluster that reads as zeros; None where the format has none for that."""
