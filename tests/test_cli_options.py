@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from qcowfs import errors
 from qcowfs.cli import image_options, mount
 from qcowfs.cli.exits import complain, exit_code, guarded, raise_single
-from qcowfs.cli.image_options import size
 from qcowfs.cli.main import main
 from qcowfs.cli.mount_helper import mount_command
 from qcowfs.cli.mount_words import IGNORED, as_arguments, expand
+from qcowfs.cli.sizes import disk_size
 from qcowfs.disk.image import OpenOptions
 from qcowfs.errors import UsageError
 from tests.asserting import raises_exactly
@@ -153,19 +153,20 @@ def test_what_is_no_mode_is_refused(text: str, capsys: pytest.CaptureFixture[str
     ("text", "value"),
     [
         ("0", 0), ("4096", 4096), ("1K", 1 << 10), ("32M", 32 << 20), ("1GiB", 1 << 30), ("2TB", 2 << 40),
-        ("7k", 7 << 10), ("3gib", 3 << 30), ("5B", 5),
+        ("7k", 7 << 10), ("3gib", 3 << 30), ("5B", 5), ("1.5M", 3 << 19),
+        ("2P", 2 << 50),
     ],
 )  # fmt: skip
 def test_sizes_have_binary_units(text: str, value: int) -> None:
-    assert size(text) == value
+    assert disk_size(text) == value
 
 
 @pytest.mark.parametrize(
-    "text", ["", "K", "-1", "1.5M", "4 K", "1P", "M4", "4KK", "4KiBB", "0x10", "4\n", "4i", "4iB"]
+    "text", ["", "K", "-1", "1.M", "4 K", "M4", "4KK", "4KiBB", "0x10", "4\n", "4i", "4iB"]
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with raises_exactly(argparse.ArgumentTypeError, f"{text!r} is no size such as 4096, 32M or 1GiB"):
-        size(text)
+    with raises_exactly(argparse.ArgumentTypeError, f"{text!r} is no size such as 4096, 1.5G or 20GiB"):
+        disk_size(text)
 
 
 def open_options(*words: str) -> OpenOptions:

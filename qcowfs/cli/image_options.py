@@ -6,26 +6,15 @@ Owns their names, units and texts. Must not know how an image is opened. Words o
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcowfs.cli import key_options
+from qcowfs.cli.sizes import disk_size
 from qcowfs.errors import UsageError
 
 if TYPE_CHECKING:
     from qcowfs.disk.image import OpenOptions
-
-_SIZE = re.compile(r"(\d+)(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE)
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def size(text: str) -> int:
-    """A size in bytes from text such as 4096, 32M or 1GiB."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 4096, 32M or 1GiB")
-    return int(match[1]) * _UNITS[(match[2] or "").upper()]
 
 
 def absolute(text: str) -> Path:
@@ -56,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     key_options.add_arguments(group)
     group.add_argument(
-        "--table-cache", type=size, metavar="SIZE",
+        "--table-cache", type=disk_size, metavar="SIZE",
         help="memory for metadata tables, over all images of the chain (default 32M)",
     )  # fmt: skip
 

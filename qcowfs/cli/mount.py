@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qcowfs.cli import image_options
-from qcowfs.cli.image_options import absolute, size
+from qcowfs.cli.image_options import absolute
+from qcowfs.cli.sizes import disk_size
 from qcowfs.errors import MountError
 from qcowfs.text import printable
 
@@ -48,7 +49,7 @@ def _add_showing(group: argparse._ArgumentGroup) -> None:
         "--mode", type=_mode, default=0o600, help="permission bits of the files in octal (default 600)"
     )
     group.add_argument(
-        "--read-ahead", type=size, default=4 << 20, metavar="SIZE",
+        "--read-ahead", type=disk_size, default=4 << 20, metavar="SIZE",
         help="how far the kernel reads ahead (default 4M; only root may raise it over 128K)",
     )  # fmt: skip
 
