@@ -131,7 +131,7 @@ async def _make_target(
     if form.data_file is not None:
         named = new_file(Path(form.data_file), force=copying.force, sync=False)
         data = await stack.enter_async_context(named)
-    return ImageTarget(file, image, turns, data, encrypt, alone=copying.workers == 1)
+    return ImageTarget(file, image, turns, data, encrypt)
 
 
 async def _make_encrypt(file: OsHostFile, form: Creation, passphrase: bytes | None) -> Encrypt | None:

@@ -165,18 +165,13 @@ class ImageTarget:
 
     def __init__(
         self, file: OsHostFile, image: FreshImage, turns: Turns, data_file: OsHostFile | None = None,
-        encrypt: Encrypt | None = None, *, alone: bool = False,
+        encrypt: Encrypt | None = None,
     ) -> None:  # fmt: skip
-        """A new file for the image, and one for its data if it has one.
-
-        A thread that is `alone` has the host copy, which takes the least work; several are done sooner if
-        one reads while another writes.
-        """
+        """A new file for the image, and one for its data if it has one."""
         form = image.form
         self.unit = form.cluster_size
-        self.most = max(_MOST_COPIED if alone else _MOST_READ, self.unit)
-        self._overlay = form.backing_file is not None
-        self._host_copies = alone and encrypt is None
+        self._by_host = encrypt is None and form.backing_file is None
+        self.most = max(_MOST_COPIED if self._by_host else _MOST_READ, self.unit)
         self._file = file
         self._data_file = data_file or file
         self._image = image
@@ -188,9 +183,8 @@ class ImageTarget:
 
     def take(self, piece: Piece, buffer: memoryview, source: Source) -> None:
         """Copy a piece; every piece has to come, for each gets its place after the ones before."""
-        by_host = (self._host_copies or self._cloner.works) and not self._overlay
-        written = (_runs_to_copy if by_host else _runs)(piece, buffer, self.unit, source)
-        placed = written if self._preallocation == "off" else _whole(piece, buffer, by_host=by_host)
+        written = (_runs_to_copy if self._by_host else _runs)(piece, buffer, self.unit, source)
+        placed = written if self._preallocation == "off" else _whole(piece, buffer, by_host=self._by_host)
         with self._turns.turn(piece.number):
             places = [(host, run) for run in placed if (host := self._place(run)) is not None]
             tables = self._image.take_writes()
@@ -208,13 +202,13 @@ class ImageTarget:
         return self._image.place_data(run.guest, len(run.data))
 
     def _copy(self, host: HostOffset, run: Run) -> list[tuple[HostOffset, memoryview]]:
-        """Have the host copy a run if it may; what is left over, or was read, is still to be written."""
+        """Have the host copy a run; what it leaves over, and what was read anyway, is still to be written."""
         if run.file is None:
             return [(host, run.data)]
         length = len(run.data)
         if self._cloner.clone(run.file, run.host, length, host):
             return []
-        done = self._data_file.copy_here(run.file, run.host, length, host) if self._host_copies else 0
+        done = self._data_file.copy_here(run.file, run.host, length, host)
         if done == length:
             return []
         run.file.read_here(run.host + done, run.data[done:])

@@ -124,6 +124,7 @@ class OsHostFile:
         self._nowait = hasattr(os, "RWF_NOWAIT")
         self._write_behind = WriteBehind(fd)
         self._writers = threading.Semaphore(_WRITERS)
+        self._copying = threading.Lock()
         self._punch: Callable[[int, int, int], None] | None = syscalls.punch_hole
 
     @classmethod
@@ -340,7 +341,7 @@ class OsHostFile:
     def copy_here(self, source: OsHostFile, start: int, length: int, offset: int) -> int:
         """Let the host copy a range of another file; how many bytes of it are there, none where it cannot."""
         done = 0
-        with self._writers:
+        with self._copying:  # a second thread would only wait for the first, busily
             while done < length:
                 try:
                     got = os.copy_file_range(source.fd, self._fd, length - done, start + done, offset + done)
