@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _start_quickly() -> None:
     """Spare what a short command would mostly wait for."""
-    gc.set_threshold(_FEW_OBJECTS, *gc.get_threshold()[1:])
+    if sys.argv[1:2] != ["mount"]:  # a daemon lives long, and its memory is bounded
+        gc.set_threshold(_FEW_OBJECTS, *gc.get_threshold()[1:])
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start threads that nothing here uses
 
 
