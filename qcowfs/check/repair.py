@@ -18,6 +18,7 @@ from qcowfs.check.areas import WITH_DISK_SIZE, is_incomplete, load_all_records
 from qcowfs.check.arrays import load_bytes
 from qcowfs.check.checker import Inspection, inspect
 from qcowfs.check.findings import Cure, Kind, Report
+from qcowfs.check.passes import Passes, Tell
 from qcowfs.check.recount import Recount
 from qcowfs.check.subject import Subject
 from qcowfs.errors import CorruptImage
@@ -34,6 +35,8 @@ CHANGED_FIELDS, CHANGED_FIELDS_OF_V2 = (48, 104), (48, 72)
 _MARKS = (Incompatible.DIRTY | Incompatible.CORRUPT).value
 _SNAPSHOT_PLACE = struct.Struct(">IQ")
 _SIZES = struct.Struct(">QQ")
+_MOST_PASSES = {False: 8, True: 14}
+"""Walks over all tables that a repair may take, without and with inflating."""
 
 
 @dataclass(frozen=True)
@@ -109,18 +112,25 @@ def _may_free(report: Report) -> bool:
     return not (report.hidden or report.totals[Kind.LOST])
 
 
-async def repair(file: HostFile, found: Inspection, wishes: Wishes) -> Report:
-    """Do what the wishes allow; the report of a second check.
+async def repair(file: HostFile, found: Inspection, wishes: Wishes, tell: Tell | None = None) -> Report:
+    """Do what the wishes allow; the report of a second check. `tell` hears how far it is.
 
     Raises `CorruptImage` where the counts cannot be stored, `OSError` as the host does; then the image is
     as damaged as before, or less, and a version 3 image may bear the dirty bit.
     """
+    passes = found.subject.passes = Passes(tell, _MOST_PASSES[wishes.data])
+    report = await _repair(file, found, wishes)
+    passes.end()
+    return report
+
+
+async def _repair(file: HostFile, found: Inspection, wishes: Wishes) -> Report:
     subject = found.subject
     if subject.report.is_clean and not (wishes.errors and subject.header.incompatible & _MARKS):
         return subject.report
     if not wishes.errors:
         await _give_back(file, subject, wishes)
-        return (await inspect(file, data=wishes.data)).subject.report
+        return (await inspect(file, data=wishes.data, passes=subject.passes)).subject.report
     await _mark(file, subject.header, subject.header.incompatible | Incompatible.DIRTY)
     found = await _mend_all(file, found, wishes)
     report = found.subject.report
@@ -132,21 +142,22 @@ async def repair(file: HostFile, found: Inspection, wishes: Wishes) -> Report:
 
 async def _mend_all(file: HostFile, found: Inspection, wishes: Wishes) -> Inspection:
     """Entries that lose nothing, or all; then what the header names; then counts; then flags."""
+    passes = found.subject.passes
     cures = mend.LOSSLESS | ({Cure.DROP} if wishes.drop_lost else set())
     if await mend.mend_tables(file, found, cures, data=wishes.data):
-        found = await inspect(file, data=wishes.data)
+        found = await inspect(file, data=wishes.data, passes=passes)
     if await _complete_snapshots(file, found.subject):
-        found = await inspect(file, data=wishes.data)
+        found = await inspect(file, data=wishes.data, passes=passes)
     if await _give_up_bitmaps(file, found.subject, wishes):
-        found = await inspect(file, data=wishes.data)
+        found = await inspect(file, data=wishes.data, passes=passes)
     await _give_back(file, found.subject, wishes)
-    found = await inspect(file, data=wishes.data)
+    found = await inspect(file, data=wishes.data, passes=passes)
     if found.subject.report.totals[Kind.LEAK] and _may_free(found.subject.report):
         await _give_back(file, found.subject, wishes)  # nothing is lost any more
-        found = await inspect(file)
+        found = await inspect(file, passes=passes)
     if await mend.mend_tables(file, found, mend.FLAGS, data=False):
-        found = await inspect(file)
-    return await inspect(file, data=True) if wishes.data else found
+        found = await inspect(file, passes=passes)
+    return await inspect(file, data=True, passes=passes) if wishes.data else found
 
 
 async def _give_back(file: HostFile, subject: Subject, wishes: Wishes) -> None:

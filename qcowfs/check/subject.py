@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from qcowfs.check.arrays import I64, Counts, add_counts, count_type, load_bytes
 from qcowfs.check.findings import Finding, Kind, Report
+from qcowfs.check.passes import Passes
 from qcowfs.errors import CorruptImage
 from qcowfs.format.features import refuse_unknown
 from qcowfs.format.header import Header
@@ -42,7 +43,7 @@ class Subject:
     image's own counts; one more cluster is there, since compressed data may be counted into it.
     `block_offsets` has the place of each refcount block that can be believed, else 0, and `far_counts` the
     blocks, by index, that count clusters beyond `stored`. `is_table_sound` and `broken_blocks` tell
-    whether the refcount table and its entries can be believed.
+    whether the refcount table and its entries can be believed. `passes` is told how far the walks are.
     """
 
     file: HostFile
@@ -57,6 +58,7 @@ class Subject:
     is_table_sound: bool = True
     broken_blocks: int = 0
     are_bitmaps_broken: bool = False
+    passes: Passes = field(default_factory=Passes)
 
     def __post_init__(self) -> None:
         """Make the arrays; memory is taken only where something is noted."""

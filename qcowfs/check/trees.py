@@ -144,7 +144,9 @@ class Trees:
         return Finding(breach.kind, breach.rule, owner, guest, word & OFFSET_MASK, place, word)
 
     async def walk(self) -> AsyncIterator[Batch]:
-        """Every L2 table once, in the tree that comes first."""
+        """Every L2 table once, in the tree that comes first; a pass over all of them."""
+        number = int(np.count_nonzero(self._owners_of_table))
+        self._subject.passes.begin(number * self._subject.geometry.cluster_size)
         walked = np.zeros(self._subject.clusters + 1, bool)
         for tree in self.trees:
             words = await load_words(self._subject.file, tree.offset, tree.entries)
@@ -154,6 +156,7 @@ class Trees:
             walked[clusters] = True
             async for batch in self._load(tree, clusters, indices[fresh][first]):
                 yield batch
+                self._subject.passes.advance(batch.words.nbytes)
 
     async def _load(self, tree: Tree, clusters: I64, l1_indices: I64) -> AsyncIterator[Batch]:
         size = self._subject.geometry.cluster_size

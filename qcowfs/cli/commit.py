@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qcowfs.cli import key_options
+from qcowfs.cli import key_options, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("image", type=Path, metavar="IMAGE", help="the overlay")
     parser.add_argument("--keep", "-d", action="store_true", help="do not empty the overlay afterwards")
+    progress.add_arguments(parser)
     key_options.add_group(parser)
 
 
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from qcowfs.overlay.commit import commit
 
     options = OpenOptions(keys=key_options.make_keys(args))
-    written = trio.run(partial(commit, args.image, options, keep=args.keep))
+    with progress.shown(args.progress, "committing") as report:
+        written = trio.run(partial(commit, args.image, options, keep=args.keep, report=report))
     print(f"{written} bytes were committed")
     return 0

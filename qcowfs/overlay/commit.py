@@ -19,15 +19,17 @@ from qcowfs.disk.image import Image, OpenOptions, lock, shown
 from qcowfs.errors import UsageError
 from qcowfs.host.hostfile import HostFile
 from qcowfs.metadata.mapping import UNALLOCATED, ZERO_KIND
-from qcowfs.overlay.lower import Target, extents, open_target, pieces, read
+from qcowfs.overlay.lower import Report, Target, extents, open_target, pieces, read
 
 _L1_PIECE = 1 << 20
 
 
-async def commit(path: Path, options: OpenOptions, *, keep: bool = False) -> int:
+async def commit(
+    path: Path, options: OpenOptions, *, keep: bool = False, report: Report | None = None
+) -> int:
     """Write what the overlay at `path` holds to its backing file, then empty it unless `keep`.
 
-    Returns the bytes that were written. Raises `UsageError` where there
+    Returns the bytes that were written; `report` hears how far it is. Raises `UsageError` where there
     is no backing file or it is too small, `ImageInUse` where somebody has either file open, `BadPassphrase`
     before anything is written, `CorruptImage` for damage.
     """
@@ -42,7 +44,7 @@ async def commit(path: Path, options: OpenOptions, *, keep: bool = False) -> int
             options.keys.check_use()
             target = await open_target(reference, options)
             try:
-                written = await _copy(image, target)
+                written = await _copy(image, target, report)
                 await target.finish()
             finally:
                 target.close()
@@ -64,11 +66,11 @@ def _opened(path: Path, options: OpenOptions) -> Iterator[HostFile]:
         file.close()
 
 
-async def _copy(image: Image, target: Target) -> int:
+async def _copy(image: Image, target: Target, report: Report | None) -> int:
     """Write every extent of the overlay to the target."""
     await target.grow(image.size)
     written = 0
-    async for extent in extents(image):
+    async for extent in extents(image, report):
         if extent.kind is UNALLOCATED:
             continue
         written += extent.length

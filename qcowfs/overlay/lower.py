@@ -5,7 +5,7 @@ Owns opening raw and qcow2 files alike under QEMU's locks. Must not know what is
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -28,6 +28,8 @@ _LOOK_AHEAD = 256 << 20
 _ZEROS = bytes(PIECE)
 
 
+Report = Callable[[int, int], None]
+"""Called with the bytes of the disk that are done, and all there are."""
 Reader = GuestReader | None
 """What an image falls through to, None for zeros."""
 
@@ -178,11 +180,13 @@ async def is_zero(reader: Reader, guest: GuestOffset, length: int) -> bool:
     return True
 
 
-async def extents(image: Image) -> AsyncIterator[Extent]:
-    """The extents of the live disk in turn, looked up piece by piece."""
+async def extents(image: Image, report: Report | None = None) -> AsyncIterator[Extent]:
+    """The extents of the live disk in turn, looked up piece by piece; `report` hears when one is done."""
     for start in range(0, image.size, _LOOK_AHEAD):
         for extent in await image.active.mapping.resolve(start, min(_LOOK_AHEAD, image.size - start)):
             yield extent
+            if report is not None:
+                report(extent.guest_offset + extent.length, image.size)
 
 
 async def read(reader: Reader, guest: GuestOffset, length: int) -> bytes:
