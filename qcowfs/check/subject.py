@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from qcowfs.check.arrays import I64, Counts, add_counts, count_type, load_bytes
+from qcowfs.check.arrays import I64, Counts, load_bytes
 from qcowfs.check.findings import Finding, Kind, Report
 from qcowfs.check.passes import Passes
+from qcowfs.check.tally import Tally
 from qcowfs.errors import CorruptImage
 from qcowfs.format.features import refuse_unknown
 from qcowfs.format.header import Header
@@ -50,9 +51,7 @@ class Subject:
     header: Header
     report: Report
     clusters: int
-    references: Counts = field(init=False)
     owners: npt.NDArray[np.uint8] = field(init=False)
-    stored: Counts = field(init=False)
     block_offsets: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
     far_counts: list[int] = field(default_factory=list)
     is_table_sound: bool = True
@@ -67,9 +66,19 @@ class Subject:
         self.refcount_bits = 1 << self.header.refcount_order
         self.block_entries = self.geometry.cluster_size * 8 // self.refcount_bits
         whole_blocks = -(-(self.clusters + 1) // self.block_entries)
-        self.references = np.zeros(self.clusters + 1, np.uint32)
+        self._references = Tally(self.clusters + 1)
         self.owners = np.zeros(self.clusters + 1, np.uint8)
-        self.stored = np.zeros(whole_blocks * self.block_entries, count_type(self.refcount_bits))
+        self._stored = Tally(whole_blocks * self.block_entries)
+
+    @property
+    def references(self) -> Counts:
+        """How many references to each cluster were found so far."""
+        return self._references.values
+
+    @property
+    def stored(self) -> Counts:
+        """The image's own counts."""
+        return self._stored.values
 
     def is_past_end(self, offset: int, size: int) -> bool:
         """Whether some of the range lies in clusters wholly beyond the end of the file."""
@@ -106,12 +115,20 @@ class Subject:
             self.report.hidden = True  # one of both was overwritten, and what it named with it
             self.error(f"overlaps {AREAS[part[taken[0]]]}", owner, host=where)
         part[part == UNCLAIMED] = area
-        self.references[first : last + 1] += 1
+        self._references.add_run(first, last + 1)
         return not len(taken)
 
     def refer(self, clusters: I64, weight: int = 1) -> None:
         """Count references to clusters that lie in the file."""
-        add_counts(self.references, clusters, weight)
+        self._references.add(clusters, weight)
+
+    def refer_to_run(self, first: int, end: int, weight: int = 1) -> None:
+        """Count references to clusters in a row that lie in the file."""
+        self._references.add_run(first, end, weight)
+
+    def store_counts(self, block: int, counts: Counts) -> None:
+        """Note the image's own counts of the clusters that a refcount block is for."""
+        self._stored.put(block, counts)
 
 
 async def open_subject(file: HostFile) -> Subject:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qcowfs.check.arrays import I64, U64, Bool, Counts, add_counts, batches, load_tables, load_words
+from qcowfs.check.arrays import I64, U64, Bool, Counts, batches, load_tables, load_words
 from qcowfs.check.entries import Breach
 from qcowfs.check.findings import Cure, Finding, Kind
 from qcowfs.check.subject import AREAS, L1_TABLE, L2_TABLE, UNCLAIMED, Subject
@@ -53,7 +53,8 @@ class Trees:
         """Walk these `trees`; the active one comes first, so that shared tables are found in it."""
         self._subject = subject
         self.trees = trees
-        self._owners_of_table = np.zeros(subject.clusters + 1, np.uint32)
+        self._l2_tables: I64 = np.zeros(0, np.int64)
+        self._owners_of_table: I64 = np.zeros(0, np.int64)
 
     async def claim(self) -> None:
         """Claim all L1 tables, then all L2 tables that they name."""
@@ -79,7 +80,16 @@ class Trees:
         self._subject.refer(clusters)
         owners = self._subject.owners[clusters]
         self._subject.owners[clusters[owners == UNCLAIMED]] = L2_TABLE
-        add_counts(self._owners_of_table, clusters)
+        self._note(clusters)
+
+    def _note(self, clusters: I64) -> None:
+        """Count another owner for each of these L2 tables, among all of them in the order of the file."""
+        known = len(self._l2_tables)
+        everything = np.concatenate([self._l2_tables, clusters])
+        self._l2_tables, places = np.unique(everything, return_inverse=True)
+        owners = np.bincount(places[known:], minlength=len(self._l2_tables))
+        owners[places[:known]] += self._owners_of_table
+        self._owners_of_table = owners
 
     def _tables(self, words: U64) -> tuple[I64, I64]:
         """Indices of the entries that name a cluster of the file, and those clusters."""
@@ -145,22 +155,22 @@ class Trees:
 
     async def walk(self) -> AsyncIterator[Batch]:
         """Every L2 table once, in the tree that comes first; a pass over all of them."""
-        number = int(np.count_nonzero(self._owners_of_table))
-        self._subject.passes.begin(number * self._subject.geometry.cluster_size)
-        walked = np.zeros(self._subject.clusters + 1, bool)
+        self._subject.passes.begin(len(self._l2_tables) * self._subject.geometry.cluster_size)
+        walked = np.zeros(len(self._l2_tables), bool)
         for tree in self.trees:
             words = await load_words(self._subject.file, tree.offset, tree.entries)
             indices, clusters = self._tables(words)
-            fresh = (self._subject.owners[clusters] == L2_TABLE) & ~walked[clusters]
-            clusters, first = np.unique(clusters[fresh], return_index=True)
-            walked[clusters] = True
-            async for batch in self._load(tree, clusters, indices[fresh][first]):
+            fresh = self._subject.owners[clusters] == L2_TABLE
+            places, first = np.unique(np.searchsorted(self._l2_tables, clusters[fresh]), return_index=True)
+            new = ~walked[places]
+            walked[places] = True
+            async for batch in self._load(tree, places[new], indices[fresh][first][new]):
                 yield batch
                 self._subject.passes.advance(batch.words.nbytes)
 
-    async def _load(self, tree: Tree, clusters: I64, l1_indices: I64) -> AsyncIterator[Batch]:
+    async def _load(self, tree: Tree, places: I64, l1_indices: I64) -> AsyncIterator[Batch]:
         size = self._subject.geometry.cluster_size
-        for part in batches(len(clusters), size):
-            offsets = clusters[part] << self._subject.bits
+        for part in batches(len(places), size):
+            offsets = self._l2_tables[places[part]] << self._subject.bits
             words = await load_tables(self._subject.file, offsets, size)
-            yield Batch(tree, words, offsets, l1_indices[part], self._owners_of_table[clusters[part]])
+            yield Batch(tree, words, offsets, l1_indices[part], self._owners_of_table[places[part]])
