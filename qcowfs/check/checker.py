@@ -67,7 +67,7 @@ async def find_trees(subject: Subject) -> Trees:
     await areas.claim_bitmaps(subject)
     trees = [Tree("live disk", header.l1_table_offset, header.l1_size, active=True)]
     trees += [
-        Tree(areas.name_of(snapshot), snapshot.l1_table_offset, snapshot.l1_size)
-        for snapshot in await areas.load_snapshots(subject)
+        Tree(areas.name_of(snapshot), snapshot.l1_table_offset, snapshot.l1_size, record=index)
+        for index, snapshot in (await areas.load_snapshots(subject)).items()
     ]
     return Trees(subject, trees)

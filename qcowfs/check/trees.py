@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from qcowfs.check.areas import WHOLE
 from qcowfs.check.arrays import I64, U64, Bool, Counts, batches, load_tables, load_words
 from qcowfs.check.entries import Breach
 from qcowfs.check.findings import Cure, Finding, Kind
@@ -25,7 +26,8 @@ L1_RESERVED = 0x7F00_0000_0000_01FF
 class Tree:
     """One L1 table: where it lies, how many entries it has, whose it is.
 
-    One that overlaps other metadata must not be mended: that would change the other as well.
+    One that overlaps other metadata must not be mended: that would change the other as well. `record` is a
+    snapshot's index in the snapshot table.
     """
 
     label: str
@@ -33,6 +35,7 @@ class Tree:
     entries: int
     active: bool = False
     may_mend: bool = True
+    record: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,11 @@ class Trees:
     def _claimed(self, tree: Tree) -> Tree | None:
         """The tree with its L1 table claimed, None if that cannot be read."""
         size = tree.entries * 8
-        if self._subject.claim(tree.offset, size, L1_TABLE, f"{tree.label}, L1 table"):
+        whole = "" if tree.record is None else WHOLE
+        if self._subject.claim(tree.offset, size, L1_TABLE, f"{tree.label}, L1 table", whole=whole):
             return tree
+        if tree.record is not None:
+            self._subject.broken_snapshots.add(tree.record)
         readable = self._subject.geometry.is_cluster_aligned(tree.offset)
         readable &= not self._subject.is_past_end(tree.offset, size)
         return replace(tree, may_mend=False) if readable else None
