@@ -16,10 +16,9 @@ from qcowfs.disk.image import Image, OpenOptions, read_header
 from qcowfs.disk.live import DiskWriter
 from qcowfs.errors import BackingFileError, UsageError
 from qcowfs.geometry import GuestOffset
-from qcowfs.host.hostfile import HostFile
 from qcowfs.metadata.header_store import store_header
 from qcowfs.metadata.mapping import UNALLOCATED
-from qcowfs.overlay.lower import Reader, Report, extents, is_zero, open_reader, pieces, read
+from qcowfs.overlay.lower import Reader, Report, extents, is_same, is_zero, open_reader, pieces, read
 
 
 @dataclass(frozen=True)
@@ -78,17 +77,9 @@ async def _open_new(image: Image, path: Path, new: NewBacking, options: OpenOpti
         return None
     reference = BackingReference(image.label, path, new.name, new.format)
     located = reference.locate(options.backing)
-    if _is_same(image.file, located):
+    if is_same(image.file, located):
         raise BackingFileError(f"{image.label}: cannot be its own backing file")
     return await open_reader(reference, options)
-
-
-def _is_same(file: HostFile, path: Path) -> bool:
-    try:
-        status = path.stat()
-    except OSError:
-        return False
-    return file.facts().identity == (status.st_dev, status.st_ino)
 
 
 async def _copy_differences(image: Image, writer: DiskWriter, reader: Reader, report: Report | None) -> int:
