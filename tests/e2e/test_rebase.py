@@ -141,6 +141,18 @@ def test_a_rebase_that_cannot_be_is_refused(tmp_path: Path) -> None:
     assert (result.returncode, "has snapshots, whose content would change" in result.stderr) == (2, True)
 
 
+@pytest.mark.parametrize("bits", [1, 2], ids=["dirty", "corrupt"])
+def test_an_image_that_must_not_be_written_is_refused_by_one_line(bits: int, tmp_path: Path) -> None:
+    image = over_raw(tmp_path, FORMS[0]).image
+    poke_word(image, 72, bits)
+    before = image.read_bytes()
+    for words in (("rebase", "-b", "", image), ("resize", image, "1G"), ("commit", image)):
+        result = qcowfs(*words)
+        assert (result.returncode, len(result.stderr.splitlines())) == (4, 1), result.stderr
+        assert "qcowfs check --repair all" in result.stderr
+    assert image.read_bytes() == before
+
+
 # -- commit
 
 
