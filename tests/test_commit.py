@@ -11,7 +11,7 @@ from qcowfs.check import check
 from qcowfs.disk.amend import Amendments, amend_file
 from qcowfs.disk.image import OpenOptions
 from qcowfs.disk.keys import Keys
-from qcowfs.overlay.commit import commit
+from qcowfs.overlay.commit import Committing, commit
 from qcowfs.testing import MemoryHostFile
 from tests.memory import FOLDER, MemoryFolder, read
 from tests.power_cuts import JointLog
@@ -81,7 +81,7 @@ async def test_a_power_cut_leaves_an_overlay_that_reads_the_same(name: str, keep
     folder = MemoryFolder(files)
     log = JointLog(folder.files)
     options = OpenOptions(open_host=folder.open, open_writable=folder.open, keys=KEYS)
-    assert await commit(FOLDER / DISK, options, keep=keep) > 0
+    assert await commit(FOLDER / DISK, options, Committing(keep=keep)) > 0
     assert folder.left_open() == []
     for cut, state in log.crash_states(STATES, random.Random(f"{name} {keep}")):
         told = f"cut at {cut} of {len(log.entries)}"

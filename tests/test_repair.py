@@ -11,6 +11,7 @@ from qcowfs.check import Kind, check
 from qcowfs.check.backup import BackedUpFile, restore
 from qcowfs.check.checker import inspect
 from qcowfs.check.repair import Wishes, repair
+from qcowfs.disk import states
 from qcowfs.errors import CorruptImage, UsageError
 from qcowfs.host.hostfile import HostFile
 from qcowfs.testing import MemoryHostFile, Write
@@ -18,7 +19,7 @@ from tests.asserting import raises_exactly
 from tests.host_files import place_of_entry, poke_word, word
 from tests.memory import open_bytes, read
 from tests.power_cuts import crash_states
-from tests.shapes import DISK, Shape, make
+from tests.shapes import DISK, Shape, make, open_disk
 
 C = 512
 COPIED = 1 << 63
@@ -174,10 +175,63 @@ async def test_a_table_that_overlaps_the_header_is_never_written() -> None:
     data = bytearray(make(SHAPES["v3"]).files[DISK])
     poke_word(data, word(data, 64), 0)  # the snapshot's L1 table
     file = MemoryHostFile(bytes(data))
-    await mend(file, Wishes(errors=True, drop_lost=True))
+    await mend(file)
     assert {entry.offset for entry in file.log if isinstance(entry, Write)} >= {72}
     assert file.data[:48] == data[:48]
     assert (await check(file)).hidden
+    await mend(file, Wishes(errors=True, drop_lost=True))
+    assert file.data[:40] == data[:40]
+    assert (await check(file)).is_clean
+    assert word(file.data, 60, 4) == 0
+
+
+def break_snapshot(data: bytearray) -> None:
+    poke_word(data, word(data, 64), 1 << 40)
+
+
+def break_table(data: bytearray) -> None:
+    poke_word(data, 60, 7, 4)
+
+
+def break_second_snapshot(data: bytearray) -> None:
+    table = word(data, 64)
+    length = 40 + word(data, table + 36, 4) + word(data, table + 12, 2) + word(data, table + 14, 2)
+    poke_word(data, table + -(-length // 8) * 8, 0x777)
+
+
+@pytest.mark.parametrize("name", ["v3", "v2"])
+@pytest.mark.parametrize("damage", [break_snapshot, break_table, break_second_snapshot])
+async def test_a_power_cut_while_snapshots_are_given_up_harms_nothing_else(
+    name: str, damage: Callable[[bytearray], None]
+) -> None:
+    data = bytearray(await with_two_snapshots(SHAPES[name]))
+    before = await content(bytes(data))
+    damage(data)
+    wishes = Wishes(errors=True, drop_lost=True)
+    file = MemoryHostFile(bytes(data))
+    await mend(file, wishes)
+    assert (await check(file)).is_clean
+    assert word(file.data, 60, 4) == (2 if damage is break_table else 1)
+    for cut, state in crash_states(bytes(data), file.log, STATES, random.Random(f"{name} {damage}")):
+        again = MemoryHostFile(state)
+        report = await check(again)
+        assert not [e for e in report.errors if ", references " in e or "has the COPIED" in e], (
+            f"cut at {cut} of {len(file.log)}"
+        )
+        await mend(again, wishes)
+        assert (await check(again)).is_clean, f"cut at {cut} of {len(file.log)}"
+        assert await content(bytes(again.data)) == before, f"cut at {cut} of {len(file.log)}"
+
+
+async def with_two_snapshots(shape: Shape) -> bytes:
+    """An image whose second snapshot differs from the first and from the live disk."""
+    disk = await open_disk(make(shape).folder())
+    assert disk.image.writer
+    await disk.image.writer.write(0, b"second" * 200)
+    await states.create_snapshot(disk.image, b"second")
+    await disk.image.writer.write(0, b"live" * 200)
+    await disk.image.aclose()
+    return bytes(disk.file.data)
 
 
 async def test_random_damage_never_changes_what_can_be_read() -> None:

@@ -29,15 +29,23 @@ from qcowfs.text import quoted
 
 WITH_DISK_SIZE = 16
 """Bytes of extra data that version 3 demands of a snapshot."""
+WHOLE = "the whole snapshot"
 _ALL_ONES = 1
 
 
-async def load_snapshots(subject: Subject) -> list[Snapshot]:
-    """The snapshots whose L1 table can be looked at; the table is claimed, what is broken is a finding."""
+async def load_snapshots(subject: Subject) -> dict[int, Snapshot]:
+    """The snapshots whose L1 table can be looked at, by their index; what is broken is a finding.
+
+    The table is claimed as far as there are sound records: what follows may be something else.
+    """
     records = await load_all_records(subject, report=True)
-    size = sum(len(record.pack()) for record in records)
-    subject.claim(subject.header.snapshots_offset, size, SNAPSHOT_TABLE, "snapshot table")
-    return [snapshot for snapshot in records if _is_sound(subject, snapshot)]
+    sound = {index: record for index, record in enumerate(records) if _is_sound(subject, record)}
+    subject.broken_snapshots = set(range(len(records))) - sound.keys()
+    end = max(sound, default=0) + 1
+    size = sum(len(record.pack()) for record in records[:end])
+    if not subject.claim(subject.header.snapshots_offset, size, SNAPSHOT_TABLE, "snapshot table"):
+        subject.is_snapshot_table_broken = True
+    return sound
 
 
 async def load_all_records(subject: Subject, *, report: bool = False) -> list[Snapshot]:
@@ -55,7 +63,9 @@ async def load_all_records(subject: Subject, *, report: bool = False) -> list[Sn
         if isinstance(record, str):
             if report:
                 which = f"record {len(records) + 1} of {header.nb_snapshots}"
-                subject.hide(f"{which} {record}", "snapshot table", host=offset + start)
+                whole = "what cannot be read of the snapshot table"
+                subject.hide(f"{which} {record}", "snapshot table", whole=whole, host=offset + start)
+                subject.is_snapshot_table_broken = True
             break
         records.append(record)
         start += len(record.pack())
@@ -91,7 +101,7 @@ def _is_sound(subject: Subject, snapshot: Snapshot) -> bool:
     try:
         snapshot.check(subject.geometry, size)
     except CorruptImage as error:
-        subject.hide(str(error), name_of(snapshot), host=snapshot.l1_table_offset)
+        subject.hide(str(error), name_of(snapshot), whole=WHOLE, host=snapshot.l1_table_offset)
         return False
     return True
 

@@ -6,6 +6,7 @@ refcount blocks, apart from `format.words` on purpose.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -24,7 +25,6 @@ Counts: TypeAlias = npt.NDArray[Any]
 
 BATCH_BYTES = 1 << 20
 """Tables are read this many bytes at a time, so that a batch stays in the processor's cache."""
-MOST_COUNTED = (1 << 32) - 1
 
 
 async def load_bytes(file: HostFile, offset: int, size: int) -> bytes:
@@ -36,7 +36,9 @@ async def load_bytes(file: HostFile, offset: int, size: int) -> bytes:
 
 async def load_words(file: HostFile, offset: int, count: int) -> U64:
     """A table of 64-bit entries. Raises `OSError` as the host does."""
-    return np.frombuffer(await load_bytes(file, offset, count * 8), ">u8").astype(np.uint64)
+    data = bytearray(count * 8)
+    await file.read_into([(offset, memoryview(data))])
+    return _native(np.frombuffer(data, np.uint64))
 
 
 async def load_rows(file: HostFile, offsets: Sequence[int] | I64, size: int) -> Bytes:
@@ -53,7 +55,12 @@ async def load_rows(file: HostFile, offsets: Sequence[int] | I64, size: int) -> 
 
 async def load_tables(file: HostFile, offsets: Sequence[int] | I64, size: int) -> U64:
     """Tables of 64-bit entries, a row each. Raises `OSError` as the host does."""
-    return (await load_rows(file, offsets, size)).view(">u8").astype(np.uint64)
+    return _native((await load_rows(file, offsets, size)).view(np.uint64))
+
+
+def _native(words: U64) -> U64:
+    """Big-endian words in the processor's order, in the memory where they are."""
+    return words.byteswap(inplace=True) if sys.byteorder == "little" else words
 
 
 def _neighbours(offsets: list[int], size: int) -> Iterator[tuple[int, int, int]]:
@@ -94,20 +101,6 @@ def pack_counts(counts: Counts, bits: int) -> bytes:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     packed: Counts = np.bitwise_or.reduce(counts.reshape(-1, per_byte).astype(np.uint8) << shifts, axis=1)
     return packed.astype(np.uint8).tobytes()
-
-
-def add_counts(counts: Counts, indices: I64, weight: int = 1) -> None:
-    """Add `weight` for each index, which may repeat; sums stop at `MOST_COUNTED`."""
-    if not len(indices):
-        return
-    low, high = int(indices.min()), int(indices.max())
-    if high - low < 4 * len(indices) + 1024:
-        sums = np.bincount(indices - low, minlength=high - low + 1) * weight
-        part = counts[low : high + 1]
-        part[:] = np.minimum(sums + part, MOST_COUNTED)
-        return
-    unique, times = np.unique(indices, return_counts=True)
-    counts[unique] = np.minimum(times * weight + counts[unique], MOST_COUNTED)
 
 
 def runs_of(indices: I64, *values: Counts, most: int) -> Iterator[slice]:

@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from qcowfs.check.arrays import I64, U64, batches, load_rows, load_words, runs_of, unpack_counts
+from qcowfs.check.arrays import I64, U64, Counts, batches, load_rows, load_words, runs_of, unpack_counts
 from qcowfs.check.findings import Finding, Kind
 from qcowfs.check.subject import REFCOUNT_BLOCK, REFCOUNT_TABLE, UNCLAIMED, Subject
 from qcowfs.format.entries import REFCOUNT_TABLE_OFFSET_MASK
 
 _RESERVED = ~np.uint64(REFCOUNT_TABLE_OFFSET_MASK)
-_WINDOW = 1 << 20
+_WINDOW = 1 << 18
 NAME = "refcount table"
 
 
@@ -65,7 +65,7 @@ def _judge(subject: Subject, offset: int, seen: set[int]) -> str:
     cluster = offset >> subject.bits
     if offset and subject.owners[cluster] == UNCLAIMED:
         subject.owners[cluster] = REFCOUNT_BLOCK
-        subject.references[cluster] += 1
+        subject.refer_to_run(cluster, cluster + 1)
         return ""
     return "the refcount block overlaps other metadata" if offset else ""
 
@@ -74,9 +74,9 @@ async def _load_blocks(subject: Subject, indices: I64) -> None:
     """Put the counts of some blocks in their place."""
     rows = await load_rows(subject.file, subject.block_offsets[indices], subject.geometry.cluster_size)
     counts = unpack_counts(rows, subject.refcount_bits)
-    by_block = subject.stored.reshape(-1, subject.block_entries)
-    near = indices < len(by_block)
-    by_block[indices[near]] = counts[near]
+    near = indices < len(subject.stored) // subject.block_entries
+    for row in np.flatnonzero(near).tolist():
+        subject.store_counts(int(indices[row]), counts[row])
     for index in indices[~near & counts.any(axis=1)].tolist():
         subject.far_counts.append(index)
         row = counts[indices == index][0]
@@ -135,7 +135,7 @@ def _image_end(subject: Subject) -> int:
     return (used + 1) << subject.bits
 
 
-def _last(counts: np.ndarray[tuple[int], np.dtype[np.uint32]]) -> int:
+def _last(counts: Counts) -> int:
     """The index of the last count that is not 0, -1 if there is none."""
     for end in range(len(counts), 0, -_WINDOW):
         start = max(0, end - _WINDOW)

@@ -40,6 +40,7 @@ class Finding:
 
     `owner` is the disk or table that it belongs to, `place` the host offset of the table entry and `entry`
     what that holds. `count` is the number of clusters or entries in a row that the finding stands for.
+    `whole` names what must be given up as a whole to mend it, if there is such a thing.
     """
 
     kind: Kind
@@ -50,6 +51,7 @@ class Finding:
     place: int | None = None
     entry: int | None = None
     count: int = 1
+    whole: str = ""
 
     @property
     def text(self) -> str:

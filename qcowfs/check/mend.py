@@ -38,6 +38,7 @@ async def mend_tables(file: HostFile, found: Inspection, cures: Collection[Cure]
     With `data`, compressed clusters that do not inflate are among those that want `DROP`.
     """
     changed = False
+    inflate = inflater(found.subject.header.compression_type)
     for tree in filter(lambda tree: tree.may_mend, found.trees.trees):
         words = await load_words(file, tree.offset, tree.entries)
         changed |= await _mend_l1(file, found, tree, words, cures)
@@ -45,7 +46,7 @@ async def mend_tables(file: HostFile, found: Inspection, cures: Collection[Cure]
         entries = Entries(found.subject, batch.words, batch.l1_indices)
         wrong = list(breaches(entries, batch))
         if data and Cure.DROP in cures:
-            wrong += await damaged(entries, inflater(found.subject.header.compression_type))
+            wrong += await damaged(entries, inflate, batch.words.nbytes)
         changed |= await _mend_l2(file, batch, entries, [b for b in wrong if b.cure in cures])
     if changed:
         await file.sync()

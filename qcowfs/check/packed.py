@@ -29,15 +29,15 @@ async def inflate_all(subject: Subject, trees: Trees) -> None:
     inflate = inflater(subject.header.compression_type)
     async for batch in trees.walk():
         entries = Entries(subject, batch.words, batch.l1_indices)
-        for breach in await damaged(entries, inflate):
+        for breach in await damaged(entries, inflate, batch.words.nbytes):
             report(subject, batch, entries, breach)
 
 
-async def damaged(entries: Entries, inflate: Inflater) -> list[Breach]:
-    """The compressed clusters that do not inflate, by the reason why."""
+async def damaged(entries: Entries, inflate: Inflater, tables: int) -> list[Breach]:
+    """The compressed clusters that do not inflate, by the reason why; their tables have so many bytes."""
     if entries.standard is entries or entries.subject.header.has_data_file:
         return []
-    bad = await _find_bad(entries.packed, inflate)
+    bad = await _find_bad(entries.packed, inflate, tables)
     found = []
     for rule in sorted(set(bad.values())):
         broken = np.array([index for index, why in bad.items() if why == rule], np.int64)
@@ -45,21 +45,25 @@ async def damaged(entries: Entries, inflate: Inflater) -> list[Breach]:
     return found
 
 
-async def _find_bad(packed: Entries, inflate: Inflater) -> dict[int, str]:
+async def _find_bad(packed: Entries, inflate: Inflater, tables: int) -> dict[int, str]:
     """Why entries do not inflate, by their index."""
     offsets, lengths = packed.stored_ranges
     end = packed.subject.clusters << packed.subject.bits
     within = np.flatnonzero(offsets < end)
     bad: dict[int, str] = {}
     limit = trio.CapacityLimiter(os.cpu_count() or 1)
+    done = 0
 
     async def work(part: I64) -> None:
+        nonlocal done
         async with limit:
             spans = list(zip(offsets[part].tolist(), lengths[part].tolist(), strict=True))
             stored = [await load_bytes(packed.subject.file, at, length) for at, length in spans]
             size = packed.subject.geometry.cluster_size
             whys = await run_in_thread(_try_all, inflate, stored, size)
             bad.update({int(packed.indices[i]): why for i, why in zip(part, whys, strict=True) if why})
+            done += len(part)
+            packed.subject.passes.glance(tables * done // len(within))
 
     async with trio.open_nursery() as nursery:
         for start in range(0, len(within), _PIECE):

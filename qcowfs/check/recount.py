@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from qcowfs.check.arrays import Counts, batches, count_type, load_bytes, pack_counts, runs_of
-from qcowfs.check.counts import references_in
 from qcowfs.check.subject import REFCOUNT_BLOCK, REFCOUNT_TABLE, Subject
 from qcowfs.errors import CorruptImage, UsageError
 from qcowfs.format.header import MAX_REFCOUNT_TABLE_BYTES
@@ -36,8 +35,7 @@ class Recount:
         """The count that each cluster gets; what the width cannot hold becomes its maximum."""
         subject = self.subject
         stored = subject.stored
-        wanted = np.minimum(references_in(subject, 0, len(stored)), (1 << subject.refcount_bits) - 1)
-        wanted = wanted.astype(stored.dtype)
+        wanted = _references_that_fit(subject)
         if not self.may_raise:
             np.minimum(wanted, stored, out=wanted)
         if not self.may_free:
@@ -85,6 +83,14 @@ class Recount:
         return bool(len(changed) or far)
 
 
+def _references_that_fit(subject: Subject) -> Counts:
+    """The references to each cluster, none for those beyond the file, and as many as the width can hold."""
+    widest = (1 << subject.refcount_bits) - 1
+    wanted: Counts = np.zeros(len(subject.stored), np.result_type(subject.stored, subject.references))
+    np.minimum(subject.references, np.uint64(widest), out=wanted[: len(subject.references)], casting="unsafe")
+    return wanted
+
+
 def _block_of(subject: Subject, index: int) -> int:
     return int(subject.block_offsets[index]) if index < len(subject.block_offsets) else 0
 
@@ -108,7 +114,7 @@ async def change_width(file: HostFile, subject: Subject, order: int) -> None:
     most = int(subject.stored.max())
     if most > (1 << (1 << order)) - 1:
         raise UsageError(f"{file.name}: a cluster has {most} references, more than {1 << order} bits hold")
-    wanted = np.maximum(subject.stored, references_in(subject, 0, len(subject.stored)))
+    wanted = Recount(subject, may_raise=True, may_free=False).wanted()
     await _write_new(file, subject, wanted, order)
 
 

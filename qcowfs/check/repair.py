@@ -9,31 +9,29 @@ no errors.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from qcowfs.check import mend
-from qcowfs.check.areas import WITH_DISK_SIZE, is_incomplete, load_all_records
 from qcowfs.check.arrays import load_bytes
 from qcowfs.check.checker import Inspection, inspect
 from qcowfs.check.findings import Cure, Kind, Report
+from qcowfs.check.passes import Passes, Tell
 from qcowfs.check.recount import Recount
+from qcowfs.check.retable import mend_snapshots
 from qcowfs.check.subject import Subject
-from qcowfs.errors import CorruptImage
 from qcowfs.format import extensions as ext
 from qcowfs.format.features import Autoclear, Incompatible
 from qcowfs.format.header import Header
-from qcowfs.format.snapshot_table import Snapshot
 from qcowfs.geometry import SECTOR_SIZE
 from qcowfs.host.hostfile import HostFile
 
-INCOMPATIBLE_FIELD, AUTOCLEAR_FIELD, SNAPSHOTS_FIELD = 72, 88, 60
+INCOMPATIBLE_FIELD, AUTOCLEAR_FIELD = 72, 88
 CHANGED_FIELDS, CHANGED_FIELDS_OF_V2 = (48, 104), (48, 72)
 """Fields that a repair may have changed since the header was read: they are kept as they are in the file."""
 _MARKS = (Incompatible.DIRTY | Incompatible.CORRUPT).value
-_SNAPSHOT_PLACE = struct.Struct(">IQ")
-_SIZES = struct.Struct(">QQ")
+_MOST_PASSES = {False: 8, True: 14}
+"""Walks over all tables that a repair may take, without and with inflating."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,13 @@ def plan(found: Inspection, wishes: Wishes) -> Iterator[str]:
 
 def _losses(report: Report, wishes: Wishes) -> Iterator[str]:
     lost = [finding for finding in report.findings if finding.kind is Kind.LOST]
+    drops = wishes.errors and wishes.drop_lost
+    for finding in (finding for finding in report.findings if finding.whole and drops):
+        yield f"will lose for good {finding.whole}: {finding.text}"
     for finding in lost:
-        if wishes.errors and wishes.drop_lost and finding.place is not None:
+        if finding.whole and drops:
+            continue
+        if drops and finding.place is not None:
             yield f"will lose for good, and read as zeros or from the backing file: {finding.text}"
         else:
             yield f"stays as it is, so that reads go on failing: {finding.text}"
@@ -109,18 +112,25 @@ def _may_free(report: Report) -> bool:
     return not (report.hidden or report.totals[Kind.LOST])
 
 
-async def repair(file: HostFile, found: Inspection, wishes: Wishes) -> Report:
-    """Do what the wishes allow; the report of a second check.
+async def repair(file: HostFile, found: Inspection, wishes: Wishes, tell: Tell | None = None) -> Report:
+    """Do what the wishes allow; the report of a second check. `tell` hears how far it is.
 
     Raises `CorruptImage` where the counts cannot be stored, `OSError` as the host does; then the image is
     as damaged as before, or less, and a version 3 image may bear the dirty bit.
     """
+    passes = found.subject.passes = Passes(tell, _MOST_PASSES[wishes.data])
+    report = await _repair(file, found, wishes)
+    passes.end()
+    return report
+
+
+async def _repair(file: HostFile, found: Inspection, wishes: Wishes) -> Report:
     subject = found.subject
     if subject.report.is_clean and not (wishes.errors and subject.header.incompatible & _MARKS):
         return subject.report
     if not wishes.errors:
         await _give_back(file, subject, wishes)
-        return (await inspect(file, data=wishes.data)).subject.report
+        return (await inspect(file, data=wishes.data, passes=subject.passes)).subject.report
     await _mark(file, subject.header, subject.header.incompatible | Incompatible.DIRTY)
     found = await _mend_all(file, found, wishes)
     report = found.subject.report
@@ -132,21 +142,22 @@ async def repair(file: HostFile, found: Inspection, wishes: Wishes) -> Report:
 
 async def _mend_all(file: HostFile, found: Inspection, wishes: Wishes) -> Inspection:
     """Entries that lose nothing, or all; then what the header names; then counts; then flags."""
+    passes = found.subject.passes
     cures = mend.LOSSLESS | ({Cure.DROP} if wishes.drop_lost else set())
     if await mend.mend_tables(file, found, cures, data=wishes.data):
-        found = await inspect(file, data=wishes.data)
-    if await _complete_snapshots(file, found.subject):
-        found = await inspect(file, data=wishes.data)
+        found = await inspect(file, data=wishes.data, passes=passes)
+    if await mend_snapshots(file, found.subject, drop_lost=wishes.drop_lost):
+        found = await inspect(file, data=wishes.data, passes=passes)
     if await _give_up_bitmaps(file, found.subject, wishes):
-        found = await inspect(file, data=wishes.data)
+        found = await inspect(file, data=wishes.data, passes=passes)
     await _give_back(file, found.subject, wishes)
-    found = await inspect(file, data=wishes.data)
+    found = await inspect(file, data=wishes.data, passes=passes)
     if found.subject.report.totals[Kind.LEAK] and _may_free(found.subject.report):
         await _give_back(file, found.subject, wishes)  # nothing is lost any more
-        found = await inspect(file)
+        found = await inspect(file, passes=passes)
     if await mend.mend_tables(file, found, mend.FLAGS, data=False):
-        found = await inspect(file)
-    return await inspect(file, data=True) if wishes.data else found
+        found = await inspect(file, passes=passes)
+    return await inspect(file, data=True, passes=passes) if wishes.data else found
 
 
 async def _give_back(file: HostFile, subject: Subject, wishes: Wishes) -> None:
@@ -198,32 +209,3 @@ async def _give_up_bitmaps(file: HostFile, subject: Subject, wishes: Wishes) -> 
     await file.write_from([(AUTOCLEAR_FIELD, bits.to_bytes(8, "big"))])
     await file.sync()
     return True
-
-
-async def _complete_snapshots(file: HostFile, subject: Subject) -> bool:
-    """Write a new snapshot table where records lack the disk's size; whether that was needed.
-
-    It goes behind the file's end, uncounted until the counts are put right: the dirty bit tells.
-    """
-    header = subject.header
-    records = await load_all_records(subject)
-    if header.nb_snapshots != len(records) or not any(is_incomplete(subject, s) for s in records):
-        return False
-    if not file.facts().regular:
-        raise CorruptImage(f"{file.name}: its snapshot table needs a new place, which a device has not")
-    table = b"".join(_completed(subject, snapshot).pack() for snapshot in records)
-    offset = subject.clusters << subject.bits
-    whole = table.ljust(subject.geometry.cluster_round_up(len(table)), b"\0")
-    await file.write_from([(offset, whole)])
-    await file.sync()
-    await file.write_from([(SNAPSHOTS_FIELD, _SNAPSHOT_PLACE.pack(len(records), offset))])
-    await file.sync()
-    return True
-
-
-def _completed(subject: Subject, snapshot: Snapshot) -> Snapshot:
-    """The record with the live disk's size where it told none."""
-    if not is_incomplete(subject, snapshot):
-        return snapshot
-    extra = _SIZES.pack(snapshot.vm_state_size, subject.header.virtual_size)
-    return replace(snapshot, extra=extra[:WITH_DISK_SIZE])

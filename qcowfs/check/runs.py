@@ -36,7 +36,7 @@ def take_runs(entries: Entries, batch: Batch) -> bool:
         return False
     for head, length in runs:
         first = (head & OFFSET_MASK) >> subject.bits
-        subject.references[first : first + length] += weight
+        subject.refer_to_run(first, first + length, weight)
     if batch.tree.active:
         allocation = subject.report.allocation
         tables = entries.indices // entries.per_table

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from qcowfs.check.arrays import I64, Counts, add_counts, count_type, load_bytes
+from qcowfs.check.arrays import I64, Counts, load_bytes
 from qcowfs.check.findings import Finding, Kind, Report
+from qcowfs.check.passes import Passes
+from qcowfs.check.tally import Tally
 from qcowfs.errors import CorruptImage
 from qcowfs.format.features import refuse_unknown
 from qcowfs.format.header import Header
@@ -30,6 +32,7 @@ HEADER, REFCOUNT_TABLE, REFCOUNT_BLOCK, L1_TABLE, L2_TABLE, SNAPSHOT_TABLE, LUKS
 )
 """What a claimed host cluster holds, as an index of `AREAS`."""
 
+ALL_SNAPSHOTS = "all snapshots"
 _TABLE_FIELD, _TABLE_FIELD_END = 48, 60
 _SNAPSHOT_FIELD, _SNAPSHOT_FIELD_END = 60, 72
 
@@ -42,21 +45,23 @@ class Subject:
     image's own counts; one more cluster is there, since compressed data may be counted into it.
     `block_offsets` has the place of each refcount block that can be believed, else 0, and `far_counts` the
     blocks, by index, that count clusters beyond `stored`. `is_table_sound` and `broken_blocks` tell
-    whether the refcount table and its entries can be believed.
+    whether the refcount table and its entries can be believed, `broken_snapshots` which records of the
+    snapshot table, by index, name no L1 table of their own. `passes` is told how far the walks are.
     """
 
     file: HostFile
     header: Header
     report: Report
     clusters: int
-    references: Counts = field(init=False)
     owners: npt.NDArray[np.uint8] = field(init=False)
-    stored: Counts = field(init=False)
     block_offsets: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
     far_counts: list[int] = field(default_factory=list)
     is_table_sound: bool = True
     broken_blocks: int = 0
     are_bitmaps_broken: bool = False
+    broken_snapshots: set[int] = field(default_factory=set)
+    is_snapshot_table_broken: bool = False
+    passes: Passes = field(default_factory=Passes)
 
     def __post_init__(self) -> None:
         """Make the arrays; memory is taken only where something is noted."""
@@ -65,24 +70,38 @@ class Subject:
         self.refcount_bits = 1 << self.header.refcount_order
         self.block_entries = self.geometry.cluster_size * 8 // self.refcount_bits
         whole_blocks = -(-(self.clusters + 1) // self.block_entries)
-        self.references = np.zeros(self.clusters + 1, np.uint32)
+        self._references = Tally(self.clusters + 1)
         self.owners = np.zeros(self.clusters + 1, np.uint8)
-        self.stored = np.zeros(whole_blocks * self.block_entries, count_type(self.refcount_bits))
+        self._stored = Tally(whole_blocks * self.block_entries)
+
+    @property
+    def references(self) -> Counts:
+        """How many references to each cluster were found so far."""
+        return self._references.values
+
+    @property
+    def stored(self) -> Counts:
+        """The image's own counts."""
+        return self._stored.values
 
     def is_past_end(self, offset: int, size: int) -> bool:
         """Whether some of the range lies in clusters wholly beyond the end of the file."""
         return -(-(offset + size) // self.geometry.cluster_size) > self.clusters
 
-    def error(self, rule: str, owner: str = "", **places: int) -> None:
+    def error(self, rule: str, owner: str = "", whole: str = "", **places: int) -> None:
         """Note an error."""
-        self.report.add(Finding(Kind.ERROR, rule, owner, **places))
+        self.report.add(Finding(Kind.ERROR, rule, owner, whole=whole, **places))
 
-    def hide(self, rule: str, owner: str = "", kind: Kind = Kind.LOST, **places: int) -> None:
+    def hide(
+        self, rule: str, owner: str = "", kind: Kind = Kind.LOST, whole: str = "", **places: int
+    ) -> None:
         """Note that a table cannot be read, so that what it refers to is not known."""
         self.report.hidden = True
-        self.report.add(Finding(kind, rule, owner, **places))
+        self.report.add(Finding(kind, rule, owner, whole=whole, **places))
 
-    def claim(self, offset: int, size: int, area: int, owner: str, kind: Kind = Kind.LOST) -> bool:
+    def claim(
+        self, offset: int, size: int, area: int, owner: str, kind: Kind = Kind.LOST, *, whole: str = ""
+    ) -> bool:
         """Count a reference to a range of metadata; whether the range is sound.
 
         It is not if it lies past the end of the file or is not aligned; where it overlaps other metadata,
@@ -91,10 +110,10 @@ class Subject:
         if not size:
             return True
         if not self.geometry.is_cluster_aligned(offset):
-            self.hide("the offset is not cluster aligned", owner, kind, host=offset)
+            self.hide("the offset is not cluster aligned", owner, kind, whole, host=offset)
             return False
         if self.is_past_end(offset, size):
-            self.hide("lies past the end of the file", owner, kind, host=offset)
+            self.hide("lies past the end of the file", owner, kind, whole, host=offset)
             return False
         first, last = offset >> self.bits, (offset + size - 1) >> self.bits
         part = self.owners[first : last + 1]
@@ -102,14 +121,22 @@ class Subject:
         if len(taken):
             where = (first + int(taken[0])) << self.bits
             self.report.hidden = True  # one of both was overwritten, and what it named with it
-            self.error(f"overlaps {AREAS[part[taken[0]]]}", owner, host=where)
+            self.error(f"overlaps {AREAS[part[taken[0]]]}", owner, whole, host=where)
         part[part == UNCLAIMED] = area
-        self.references[first : last + 1] += 1
+        self._references.add_run(first, last + 1)
         return not len(taken)
 
     def refer(self, clusters: I64, weight: int = 1) -> None:
         """Count references to clusters that lie in the file."""
-        add_counts(self.references, clusters, weight)
+        self._references.add(clusters, weight)
+
+    def refer_to_run(self, first: int, end: int, weight: int = 1) -> None:
+        """Count references to clusters in a row that lie in the file."""
+        self._references.add_run(first, end, weight)
+
+    def store_counts(self, block: int, counts: Counts) -> None:
+        """Note the image's own counts of the clusters that a refcount block is for."""
+        self._stored.put(block, counts)
 
 
 async def open_subject(file: HostFile) -> Subject:
@@ -125,6 +152,7 @@ async def open_subject(file: HostFile) -> Subject:
     clusters = -(-size // header.geometry.cluster_size)
     subject = Subject(file, header, report, clusters)
     subject.is_table_sound = table_is_sound
+    subject.is_snapshot_table_broken = report.hidden
     return subject
 
 
@@ -144,7 +172,8 @@ def _lenient(start: bytes, report: Report) -> tuple[Header, bool]:
         if header is not None:
             report.hidden |= without_snapshots
             kind = Kind.LOST if without_snapshots else Kind.ERROR
-            report.add(Finding(kind, str(first_error)))
+            whole = ALL_SNAPSHOTS if without_snapshots else ""
+            report.add(Finding(kind, str(first_error), whole=whole))
             if without_table:
                 header = replace(header, refcount_table_clusters=0)
             return header, not without_table

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qcowfs.check.arrays import I64, U64, Bool, Counts, add_counts, batches, load_tables, load_words
+from qcowfs.check.areas import WHOLE
+from qcowfs.check.arrays import I64, U64, Bool, Counts, batches, load_tables, load_words
 from qcowfs.check.entries import Breach
 from qcowfs.check.findings import Cure, Finding, Kind
 from qcowfs.check.subject import AREAS, L1_TABLE, L2_TABLE, UNCLAIMED, Subject
@@ -25,7 +26,8 @@ L1_RESERVED = 0x7F00_0000_0000_01FF
 class Tree:
     """One L1 table: where it lies, how many entries it has, whose it is.
 
-    One that overlaps other metadata must not be mended: that would change the other as well.
+    One that overlaps other metadata must not be mended: that would change the other as well. `record` is a
+    snapshot's index in the snapshot table.
     """
 
     label: str
@@ -33,6 +35,7 @@ class Tree:
     entries: int
     active: bool = False
     may_mend: bool = True
+    record: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Trees:
         """Walk these `trees`; the active one comes first, so that shared tables are found in it."""
         self._subject = subject
         self.trees = trees
-        self._owners_of_table = np.zeros(subject.clusters + 1, np.uint32)
+        self._l2_tables: I64 = np.zeros(0, np.int64)
+        self._owners_of_table: I64 = np.zeros(0, np.int64)
 
     async def claim(self) -> None:
         """Claim all L1 tables, then all L2 tables that they name."""
@@ -65,8 +69,11 @@ class Trees:
     def _claimed(self, tree: Tree) -> Tree | None:
         """The tree with its L1 table claimed, None if that cannot be read."""
         size = tree.entries * 8
-        if self._subject.claim(tree.offset, size, L1_TABLE, f"{tree.label}, L1 table"):
+        whole = "" if tree.record is None else WHOLE
+        if self._subject.claim(tree.offset, size, L1_TABLE, f"{tree.label}, L1 table", whole=whole):
             return tree
+        if tree.record is not None:
+            self._subject.broken_snapshots.add(tree.record)
         readable = self._subject.geometry.is_cluster_aligned(tree.offset)
         readable &= not self._subject.is_past_end(tree.offset, size)
         return replace(tree, may_mend=False) if readable else None
@@ -79,7 +86,16 @@ class Trees:
         self._subject.refer(clusters)
         owners = self._subject.owners[clusters]
         self._subject.owners[clusters[owners == UNCLAIMED]] = L2_TABLE
-        add_counts(self._owners_of_table, clusters)
+        self._note(clusters)
+
+    def _note(self, clusters: I64) -> None:
+        """Count another owner for each of these L2 tables, among all of them in the order of the file."""
+        known = len(self._l2_tables)
+        everything = np.concatenate([self._l2_tables, clusters])
+        self._l2_tables, places = np.unique(everything, return_inverse=True)
+        owners = np.bincount(places[known:], minlength=len(self._l2_tables))
+        owners[places[:known]] += self._owners_of_table
+        self._owners_of_table = owners
 
     def _tables(self, words: U64) -> tuple[I64, I64]:
         """Indices of the entries that name a cluster of the file, and those clusters."""
@@ -144,20 +160,23 @@ class Trees:
         return Finding(breach.kind, breach.rule, owner, guest, word & OFFSET_MASK, place, word)
 
     async def walk(self) -> AsyncIterator[Batch]:
-        """Every L2 table once, in the tree that comes first."""
-        walked = np.zeros(self._subject.clusters + 1, bool)
+        """Every L2 table once, in the tree that comes first; a pass over all of them."""
+        self._subject.passes.begin(len(self._l2_tables) * self._subject.geometry.cluster_size)
+        walked = np.zeros(len(self._l2_tables), bool)
         for tree in self.trees:
             words = await load_words(self._subject.file, tree.offset, tree.entries)
             indices, clusters = self._tables(words)
-            fresh = (self._subject.owners[clusters] == L2_TABLE) & ~walked[clusters]
-            clusters, first = np.unique(clusters[fresh], return_index=True)
-            walked[clusters] = True
-            async for batch in self._load(tree, clusters, indices[fresh][first]):
+            fresh = self._subject.owners[clusters] == L2_TABLE
+            places, first = np.unique(np.searchsorted(self._l2_tables, clusters[fresh]), return_index=True)
+            new = ~walked[places]
+            walked[places] = True
+            async for batch in self._load(tree, places[new], indices[fresh][first][new]):
                 yield batch
+                self._subject.passes.advance(batch.words.nbytes)
 
-    async def _load(self, tree: Tree, clusters: I64, l1_indices: I64) -> AsyncIterator[Batch]:
+    async def _load(self, tree: Tree, places: I64, l1_indices: I64) -> AsyncIterator[Batch]:
         size = self._subject.geometry.cluster_size
-        for part in batches(len(clusters), size):
-            offsets = clusters[part] << self._subject.bits
+        for part in batches(len(places), size):
+            offsets = self._l2_tables[places[part]] << self._subject.bits
             words = await load_tables(self._subject.file, offsets, size)
-            yield Batch(tree, words, offsets, l1_indices[part], self._owners_of_table[clusters[part]])
+            yield Batch(tree, words, offsets, l1_indices[part], self._owners_of_table[places[part]])

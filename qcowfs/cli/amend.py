@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from qcowfs.cli import progress
 from qcowfs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", action="append", required=True, metavar="OPTION=VALUE[,...]", dest="options",
         help=f"what to change: {', '.join(OPTIONS)}, as for qemu-img amend; a comma in a value is doubled",
     )  # fmt: skip
+    progress.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
 
     from qcowfs.disk.amend import amend
 
-    trio.run(amend, args.image, amendments(parse_options(args.options)))
+    wanted = amendments(parse_options(args.options))
+    with progress.shown(args.progress, "amending") as report:
+        trio.run(amend, args.image, wanted, report)
     return 0
 
 

@@ -9,10 +9,12 @@ import argparse
 import json
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcowfs import errors
+from qcowfs.cli import progress
 from qcowfs.text import printable
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--force-share", "-U", action="store_true",
         help="check beside a program that writes the image; what is found may be wrong",
     )  # fmt: skip
+    progress.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,8 +102,8 @@ def _check(args: argparse.Namespace) -> int:
     from qcowfs.check import check
     from qcowfs.check.opening import opened
 
-    with opened(args.image, force_share=args.force_share) as file:
-        report = trio.run(partial(check, file, data=args.data))
+    with opened(args.image, force_share=args.force_share) as file, _shown(args, "checking") as tell:
+        report = trio.run(partial(check, file, data=args.data, tell=tell))
     if args.json:
         print(json.dumps(_record(report, _name(args)), indent=4))
     else:
@@ -108,10 +111,14 @@ def _check(args: argparse.Namespace) -> int:
     return exit_code(report)
 
 
+def _shown(args: argparse.Namespace, label: str) -> AbstractContextManager[progress.Report | None]:
+    return progress.shown(args.progress, label)
+
+
 def _repair(args: argparse.Namespace) -> int:
     import trio
 
-    from qcowfs.check.checker import inspect
+    from qcowfs.check.checker import inspect_all
     from qcowfs.check.opening import backed_up, opened
     from qcowfs.check.repair import Wishes, plan, repair
 
@@ -119,12 +126,14 @@ def _repair(args: argparse.Namespace) -> int:
 
     async def work() -> tuple[Report, list[str], Report]:
         with opened(args.image, writable=True) as file:
-            found = await inspect(file, data=args.data)
+            with _shown(args, "checking") as tell:
+                found = await inspect_all(file, data=args.data, tell=tell)
             told = list(plan(found, wishes))
             if not args.json:
                 print("\n".join([*_findings(found.subject.report), *told]), flush=True)
-            with backed_up(file, args.backup) as target:
-                return found.subject.report, told, await repair(target, found, wishes)
+            before = found.subject.report
+            with backed_up(file, args.backup) as target, _shown(args, "repairing") as tell:
+                return before, told, await repair(target, found, wishes, tell)
 
     before, told, after = trio.run(work)
     if args.json:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcowfs.cli import source_options
+from qcowfs.cli import progress, source_options
 from qcowfs.cli.exits import EXIT_CODES, EXIT_OK, complain
 from qcowfs.cli.map_picture import draw
 from qcowfs.cli.sizes import disk_size
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--picture", metavar="FILE", help="draw it into FILE.svg or FILE.png, or with - on the terminal"
     )
     parser.add_argument("--force", action="store_true", help="replace a picture that has the name")
+    progress.add_arguments(parser)
     source_options.add_arguments(parser)
 
 
@@ -59,14 +61,21 @@ async def _show(args: argparse.Namespace) -> int:
         options.keys.check_use()
         print("[" if args.json else _LINE.format("START", "LENGTH", "DEPTH", "WHAT", "HOST OFFSET"), end="")
         first = True
-        async for extent in disk_extents(disk, args.start_offset, end):
-            print(shown(extent, first=first), end="")
-            first = False
-            damaged += bool(extent.damage)
+        with progress.shown(_progress(args), "looking") as report:
+            async for extent in disk_extents(disk, args.start_offset, end, report=report):
+                print(shown(extent, first=first), end="")
+                first = False
+                damaged += bool(extent.damage)
         print("]" if args.json else "")
     if damaged:
         complain(f"{disk.label}: {damaged} extents are damaged; qcowfs check tells more")
     return EXIT_CODES[CorruptImage] if damaged else EXIT_OK
+
+
+def _progress(args: argparse.Namespace) -> str:
+    """No bar on the terminal that the lines go to: they tell as much."""
+    kind: str = args.progress
+    return "none" if kind == "auto" and sys.stdout.isatty() else kind
 
 
 _LINE = "{:>18} {:>16} {:>5}  {:<12} {}"

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qcowfs.cli import source_options
+from qcowfs.cli import progress, source_options
 from qcowfs.cli.exits import EXIT_OK
 from qcowfs.errors import UsageError
 from qcowfs.text import human, printable
@@ -40,7 +40,8 @@ async def draw(args: argparse.Namespace) -> int:
     options = source_options.open_options(args)
     async with open_disk(Path(args.image), args.format, options, args.snapshot) as disk:
         options.keys.check_use()
-        found = await survey(disk, rows * columns)
+        with progress.shown(args.progress, "looking") as report:
+            found = await survey(disk, rows * columns, report)
         caption = picture.Caption(_title(args), _details(disk))
     if args.picture == TERMINAL:
         print("\n".join(picture.draw_text(found, caption, columns, coloured=sys.stdout.isatty())))

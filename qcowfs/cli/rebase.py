@@ -9,7 +9,7 @@ import argparse
 import os
 from pathlib import Path
 
-from qcowfs.cli import key_options
+from qcowfs.cli import key_options, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unsafe", "-u", action="store_true",
         help="only change the name: right if the new file has the same content, as after moving it",
     )  # fmt: skip
+    progress.add_arguments(parser)
     key_options.add_group(parser)
 
 
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         trio.run(rebase_unsafely, args.image, new)
         return 0
     options = OpenOptions(writable=True, keys=key_options.make_keys(args))
-    copied = trio.run(rebase, args.image, new, options)
+    with progress.shown(args.progress, "comparing") as report:
+        copied = trio.run(rebase, args.image, new, options, report)
     print(f"{copied} bytes came from the old backing file")
     return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from qcowfs.check.checker import Inspection, inspect
 from qcowfs.check.mend import forget_zeros
 from qcowfs.check.opening import opened
+from qcowfs.check.passes import Passes, Tell
 from qcowfs.check.recount import Recount, change_width
 from qcowfs.check.repair import Wishes, repair
 from qcowfs.errors import CorruptImage, UnsupportedFeature, UsageError
@@ -30,6 +31,9 @@ from qcowfs.format.header import (
 from qcowfs.host.hostfile import HostFile
 from qcowfs.metadata.header_store import store_header
 
+_MOST_PASSES = 7
+"""Walks over all tables that the changes may take."""
+
 
 @dataclass(frozen=True)
 class Amendments:
@@ -46,42 +50,44 @@ class Amendments:
     backing_format: str | None = None
 
 
-async def amend(path: Path, wanted: Amendments) -> None:
-    """Change the image at `path`, which must be sound; leaks do no harm.
+async def amend(path: Path, wanted: Amendments, tell: Tell | None = None) -> None:
+    """Change the image at `path`, which must be sound; leaks do no harm. `tell` hears how far it is.
 
     Raises `UsageError` or `UnsupportedFeature` for what the version or the image cannot have, before
     anything is changed, `CorruptImage` where a check finds errors, `OSError` as the host does.
     """
     with opened(path, writable=True) as file:
-        await amend_file(file, wanted)
+        await amend_file(file, wanted, tell)
 
 
-async def amend_file(file: HostFile, wanted: Amendments) -> None:
+async def amend_file(file: HostFile, wanted: Amendments, tell: Tell | None = None) -> None:
     """As `amend`, on a file that is open and locked."""
-    found = await inspect_sound(file)
+    passes = Passes(tell, _MOST_PASSES)
+    found = await inspect_sound(file, passes)
     header = found.subject.header
     version = wanted.version or header.version
     _refuse_impossible(file.name, header, wanted, version)
     if version == 3 and header.version == 2:
         header = await _store(file, header, _upgraded(header))
-        found = await inspect(file)
+        found = await inspect(file, passes=passes)
         if found.subject.report.corruptions:  # old snapshots do not tell the disk's size
             await repair(file, found, Wishes(errors=True))
     if wanted.refcount_bits is not None:
-        await _set_width(file, wanted.refcount_bits.bit_length() - 1)
-    header = (await inspect(file)).subject.header
+        await _set_width(file, wanted.refcount_bits.bit_length() - 1, passes)
+    header = (await inspect(file, passes=passes)).subject.header
     header = await _store(file, header, with_backing(header, wanted))
     if wanted.lazy_refcounts is not None:
         lazy = Compatible.LAZY_REFCOUNTS.value  # ~ of a flag would drop unknown bits
         bits = header.compatible & ~lazy | (lazy if wanted.lazy_refcounts else 0)
         header = await _store(file, header, replace(header, compatible=bits))
     if version == 2 and header.version == 3:
-        await _downgrade(file)
+        await _downgrade(file, passes)
+    passes.end()
 
 
-async def inspect_sound(file: HostFile) -> Inspection:
+async def inspect_sound(file: HostFile, passes: Passes | None = None) -> Inspection:
     """Check an image; raises `CorruptImage` if that finds errors, or marks of damage."""
-    found = await inspect(file)
+    found = await inspect(file, passes=passes)
     report = found.subject.report
     marked = found.subject.header.incompatible & (Incompatible.DIRTY | Incompatible.CORRUPT)
     if report.corruptions or marked:
@@ -152,18 +158,18 @@ def with_backing(header: Header, wanted: Amendments) -> Header:
     return replace(header, backing_name=name, extensions=kept)
 
 
-async def _set_width(file: HostFile, order: int) -> None:
-    found = await inspect(file)
+async def _set_width(file: HostFile, order: int, passes: Passes) -> None:
+    found = await inspect(file, passes=passes)
     if found.subject.header.refcount_order != order:
         await change_width(file, found.subject, order)
 
 
-async def _downgrade(file: HostFile) -> None:
+async def _downgrade(file: HostFile, passes: Passes) -> None:
     """To version 2: zero clusters become unallocated, then the header loses what is new in version 3."""
-    found = await inspect(file)
+    found = await inspect(file, passes=passes)
     header = found.subject.header
     await forget_zeros(file, found, may_forget=header.backing_name is None)
-    found = await inspect(file)
+    found = await inspect(file, passes=passes)
     await Recount(found.subject, may_raise=False, may_free=True).write(file)
     kept = tuple(e for e in header.extensions if e.kind != ext.FEATURE_NAMES)
     old = replace(

@@ -6,7 +6,7 @@ it is shown.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,9 @@ from qcowfs.host.hostfile import HostFile
 from qcowfs.metadata.mapping import COMPRESSED_KIND, DATA, LOST, UNALLOCATED, ZERO_KIND
 from qcowfs.metadata.runs import Run
 from qcowfs.metadata.tables import TableWalk
+
+Report = Callable[[int, int], None]
+"""Called with the bytes that are done, and all there are."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,22 @@ class DiskExtent:
 
 
 async def disk_extents(
-    disk: Disk, start: int = 0, end: int | None = None, *, sharing: bool = False
-) -> AsyncIterator[DiskExtent]:
+    disk: Disk, start: int = 0, end: int | None = None, *, sharing: bool = False,
+    report: Report | None = None,
+) -> AsyncIterator[DiskExtent]:  # fmt: skip
     """The extents of a disk from `start` to `end` (its own end by default), without gaps, merged.
 
-    With `sharing` an extent ends where `shared` changes, else that is not told. Raises `OSError` as the
+    With `sharing` an extent ends where `shared` changes, else that is not told. `report` hears the bytes of
+    the range that are done, and all there are. Raises `OSError` as the
     host does; damage is told in the extent.
     """
     layers = await _layers(disk)
     size = -(-disk.size // SECTOR_SIZE) * SECTOR_SIZE
+    end = size if end is None else min(end, size)
     last: DiskExtent | None = None
-    async for extent in _over(layers, 0, start, size if end is None else min(end, size)):
+    async for extent in _over(layers, 0, start, end):
+        if report is not None:
+            report(extent.start + extent.length - start, end - start)
         found = extent if sharing else replace(extent, shared=False)
         if last is not None and found.continues(last):
             last = replace(last, length=last.length + found.length, stored=last.stored + found.stored)

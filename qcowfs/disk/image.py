@@ -224,7 +224,8 @@ class Image:
     async def load(self, chain: _Chain, *, top: bool) -> None:
         """For `open` only: check the header, then open the data file and the backing chain."""
         self._named(self.header.check_supported)
-        self._warn_about_state()
+        if not (top and chain.options.writable):  # a writer refuses such an image by one line
+            self._warn_about_state()
         if self.header.nb_snapshots:
             try:
                 self.snapshots = await load_snapshots(self.file, self.header)

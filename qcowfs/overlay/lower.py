@@ -5,8 +5,9 @@ Owns opening raw and qcow2 files alike under QEMU's locks. Must not know what is
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 from qcowfs.data.backing import (
@@ -24,10 +25,13 @@ from qcowfs.metadata.mapping import UNALLOCATED, ZERO_KIND, Extent
 
 PIECE = 1 << 20
 """Bytes that are copied or compared at a time."""
-_LOOK_AHEAD = 256 << 20
+LOOK_AHEAD = 256 << 20
+"""Bytes of a disk whose extents are looked up at a time."""
 _ZEROS = bytes(PIECE)
 
 
+Report = Callable[[int, int], None]
+"""Called with the bytes of the disk that are done, and all there are."""
 Reader = GuestReader | None
 """What an image falls through to, None for zeros."""
 
@@ -162,6 +166,15 @@ class ImageTarget:
         self._image.close()
 
 
+def is_same(file: HostFile, path: Path) -> bool:
+    """Whether the open file is the one at the path."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return file.facts().identity == (status.st_dev, status.st_ino)
+
+
 async def is_zero(reader: Reader, guest: GuestOffset, length: int) -> bool:
     """Whether tables tell that a range reads as zeros; False where one has to look at the bytes."""
     if not isinstance(reader, Image):
@@ -178,11 +191,13 @@ async def is_zero(reader: Reader, guest: GuestOffset, length: int) -> bool:
     return True
 
 
-async def extents(image: Image) -> AsyncIterator[Extent]:
-    """The extents of the live disk in turn, looked up piece by piece."""
-    for start in range(0, image.size, _LOOK_AHEAD):
-        for extent in await image.active.mapping.resolve(start, min(_LOOK_AHEAD, image.size - start)):
+async def extents(image: Image, report: Report | None = None) -> AsyncIterator[Extent]:
+    """The extents of the live disk in turn, looked up piece by piece; `report` hears when one is done."""
+    for start in range(0, image.size, LOOK_AHEAD):
+        for extent in await image.active.mapping.resolve(start, min(LOOK_AHEAD, image.size - start)):
             yield extent
+            if report is not None:
+                report(extent.guest_offset + extent.length, image.size)
 
 
 async def read(reader: Reader, guest: GuestOffset, length: int) -> bytes:

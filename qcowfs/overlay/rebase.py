@@ -16,10 +16,9 @@ from qcowfs.disk.image import Image, OpenOptions, read_header
 from qcowfs.disk.live import DiskWriter
 from qcowfs.errors import BackingFileError, UsageError
 from qcowfs.geometry import GuestOffset
-from qcowfs.host.hostfile import HostFile
 from qcowfs.metadata.header_store import store_header
 from qcowfs.metadata.mapping import UNALLOCATED
-from qcowfs.overlay.lower import Reader, extents, is_zero, open_reader, pieces, read
+from qcowfs.overlay.lower import Reader, Report, extents, is_same, is_zero, open_reader, pieces, read
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,10 @@ async def rebase_unsafely(path: Path, new: NewBacking) -> None:
     await amend(path, Amendments(backing_name=new.name, backing_format=new.format))
 
 
-async def rebase(path: Path, new: NewBacking, options: OpenOptions) -> int:
+async def rebase(path: Path, new: NewBacking, options: OpenOptions, report: Report | None = None) -> int:
     """Put the overlay at `path` on another backing file; returns the bytes that it got from the old one.
+
+    `report` hears how far it is.
 
     Raises `UsageError` for an image with snapshots, which read through the backing file as well,
     `BackingFileError` where a file cannot be used, and whatever reading and writing raise.
@@ -50,7 +51,7 @@ async def rebase(path: Path, new: NewBacking, options: OpenOptions) -> int:
         reader = await _open_new(image, path, new, options)
         try:
             options.keys.check_use()
-            copied = await _copy_differences(image, writer, reader)
+            copied = await _copy_differences(image, writer, reader, report)
         finally:
             if reader is not None:
                 reader.close()
@@ -76,23 +77,15 @@ async def _open_new(image: Image, path: Path, new: NewBacking, options: OpenOpti
         return None
     reference = BackingReference(image.label, path, new.name, new.format)
     located = reference.locate(options.backing)
-    if _is_same(image.file, located):
+    if is_same(image.file, located):
         raise BackingFileError(f"{image.label}: cannot be its own backing file")
     return await open_reader(reference, options)
 
 
-def _is_same(file: HostFile, path: Path) -> bool:
-    try:
-        status = path.stat()
-    except OSError:
-        return False
-    return file.facts().identity == (status.st_dev, status.st_ino)
-
-
-async def _copy_differences(image: Image, writer: DiskWriter, reader: Reader) -> int:
+async def _copy_differences(image: Image, writer: DiskWriter, reader: Reader, report: Report | None) -> int:
     """Write the old content wherever the overlay falls through and the new file has another."""
     copied = 0
-    async for extent in extents(image):
+    async for extent in extents(image, report):
         if extent.kind is not UNALLOCATED:
             continue
         guest, length = extent.guest_offset, extent.length

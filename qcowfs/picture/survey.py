@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcowfs.disk.disks import Disk
-from qcowfs.disk.extents import DiskExtent, disk_extents
+from qcowfs.disk.extents import DiskExtent, Report, disk_extents
 
 KINDS = ("data", "shared", "compressed", "backing", "zero", "unallocated", "damaged")
 """Own data; data that a snapshot has too; compressed; what a backing file has; zeros that are noted;
@@ -54,12 +54,15 @@ def kind_of(extent: DiskExtent) -> str:
     return "shared" if extent.shared else "data"
 
 
-async def survey(disk: Disk, parts: int) -> Survey:
-    """Sum up a disk in so many equal parts. Raises `OSError` as the host does."""
+async def survey(disk: Disk, parts: int, report: Report | None = None) -> Survey:
+    """Sum up a disk in so many equal parts; `report` hears how far that is.
+
+    Raises `OSError` as the host does.
+    """
     edges, kinds, breaks = [0], [], []
     stored = fragments = 0
     place: int | None = None
-    async for extent in disk_extents(disk, sharing=True):
+    async for extent in disk_extents(disk, sharing=True, report=report):
         edges.append(extent.start + extent.length)
         kinds.append(KINDS.index(kind_of(extent)))
         stored += 0 if extent.depth else extent.stored

@@ -1,15 +1,16 @@
-"""A disk of 2 TiB whose every cluster is mapped: memory stays bounded, writable or not."""
+"""A disk of 2 TiB whose every cluster is mapped: memory stays bounded, read, written or checked."""
 
 from __future__ import annotations
 
 import os
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.mounts import daemon_of, mounted
-from tests.e2e.tools import KIB, MIB, create, qemu_io, until
+from tests.e2e.tools import KIB, MIB, QCOWFS, create, qemu_io, until
 
 SIZE = 2 << 40
 LOOKS = 3000
@@ -40,6 +41,14 @@ def test_random_looks_at_a_large_disk_cost_bounded_memory(
                 place = places.randrange(SIZE // 4096) * 4096
                 assert os.pread(disk.fileno(), 4096, place) == bytes(4096)
         assert peak_memory(daemon_of(mount.folder)) < most
+
+
+def test_a_check_takes_some_bytes_a_cluster(image: Path) -> None:
+    with subprocess.Popen([*QCOWFS, "check", str(image)], stdout=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert usage.ru_maxrss * KIB < 170 * MIB  # 3 for each of 32 Mi clusters, and the program
 
 
 def test_what_a_large_disk_takes_is_counted_in_the_background(tmp_path: Path) -> None:

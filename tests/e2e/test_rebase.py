@@ -106,6 +106,22 @@ def test_an_unsafe_rebase_changes_the_name_alone(tmp_path: Path) -> None:
     assert_same(as_raw(image, tmp_path / "after"), before)
 
 
+def test_snapshots_follow_an_unsafe_rebase_and_forbid_a_safe_one(tmp_path: Path) -> None:
+    image = over_raw(tmp_path, FORMS[0]).image
+    qemu_img("snapshot", "-c", "one", image)
+    qemu_io(image, *edits(FORMS[0].size, "live", 4))
+    before, saved = as_raw(image, tmp_path / "before"), as_raw(image, tmp_path / "saved", "one")
+    (tmp_path / "base.raw").rename(tmp_path / "moved.raw")
+    words = ("-b", "moved.raw", "-F", "raw")
+    assert main(["rebase", "-u", *words, str(image)]) == 0
+    qemu_img("check", image)
+    assert_same(as_raw(image, tmp_path / "after"), before)
+    assert_same(as_raw(image, tmp_path / "kept", "one"), saved)
+    result = qcowfs("rebase", *words, image)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert "only change the name with --unsafe where both files have the same content" in result.stderr
+
+
 def test_a_rebase_that_cannot_be_is_refused(tmp_path: Path) -> None:
     image = over_raw(tmp_path, FORMS[0]).image
     new = raw_file(tmp_path / "new.raw", MIB, 1)
@@ -123,6 +139,18 @@ def test_a_rebase_that_cannot_be_is_refused(tmp_path: Path) -> None:
     qemu_img("snapshot", "-c", "one", image)
     result = qcowfs("rebase", "-b", new.name, "-F", "raw", image)
     assert (result.returncode, "has snapshots, whose content would change" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("bits", [1, 2], ids=["dirty", "corrupt"])
+def test_an_image_that_must_not_be_written_is_refused_by_one_line(bits: int, tmp_path: Path) -> None:
+    image = over_raw(tmp_path, FORMS[0]).image
+    poke_word(image, 72, bits)
+    before = image.read_bytes()
+    for words in (("rebase", "-b", "", image), ("resize", image, "1G"), ("commit", image)):
+        result = qcowfs(*words)
+        assert (result.returncode, len(result.stderr.splitlines())) == (4, 1), result.stderr
+        assert "qcowfs check --repair all" in result.stderr
+    assert image.read_bytes() == before
 
 
 # -- commit
@@ -143,6 +171,82 @@ def test_a_commit_moves_everything_down(kind: Kind, form: Form, tmp_path: Path) 
         assert_same(as_raw(base, tmp_path / "below"), before)
     else:
         assert base.read_bytes().ljust(form.size, b"\0") == before.read_bytes()
+
+
+def chain(folder: Path) -> Path:
+    """An overlay over three files, which are shorter or of another kind; all in the folder."""
+    folder.mkdir()
+    raw_file(folder / "base.raw", 3 * MIB, "base")
+    create(folder / "lower.qcow2", MIB, "-b", "base.raw", "-F", "raw", cluster_size=4096)
+    create(folder / "middle.qcow2", 4 * MIB, "-b", "lower.qcow2", "-F", "qcow2", extended_l2="on")
+    image = create(folder / "image.qcow2", 4 * MIB, "-b", "middle.qcow2", "-F", "qcow2")
+    qemu_io(folder / "lower.qcow2", *edits(MIB, "lower"))
+    qemu_io(folder / "middle.qcow2", *edits(4 * MIB, "middle", 8))
+    qemu_io(image, *edits(4 * MIB, "top", 4), "write -q -z 2M 300k", "write -q -c -P 4 3M 64k")
+    return image
+
+
+@pytest.mark.parametrize("base", ["base.raw", "lower.qcow2", "middle.qcow2"])
+def test_a_commit_to_a_lower_image_takes_all_that_lies_between(base: str, tmp_path: Path) -> None:
+    image = chain(tmp_path / "ours")
+    before = as_raw(image, tmp_path / "before")
+    theirs = Path(shutil.copytree(image.parent, tmp_path / "theirs"))
+    overlay_before = image.read_bytes()
+    result = qcowfs("commit", "-b", image.with_name(base), image)
+    assert (result.returncode, result.stderr) == (0, "")
+    qemu_img("commit", "-b", theirs / base, theirs / image.name)
+    assert image.read_bytes() == overlay_before
+    assert_same(as_raw(image, tmp_path / "after"), before)
+    if base.endswith(".raw"):
+        assert (theirs / base).read_bytes() == image.with_name(base).read_bytes() == before.read_bytes()
+        return
+    for folder in (image.parent, theirs):
+        qemu_img("check", folder / base)
+        assert_same(as_raw(folder / base, tmp_path / folder.name[:1]), before)
+
+
+def test_a_base_is_known_by_its_path_or_as_the_chain_names_it(tmp_path: Path) -> None:
+    image = chain(tmp_path / "chain")
+    before = as_raw(image, tmp_path / "before")
+    (tmp_path / "other.raw").write_bytes(b"")
+    for name in ("elsewhere", str(tmp_path / "other.raw"), str(image)):
+        result = qcowfs("commit", "--base", name, image)
+        assert (result.returncode, "is not in its backing chain" in result.stderr) == (2, True)
+    assert main(["commit", "--base", "lower.qcow2", str(image)]) == 0
+    assert_same(as_raw(image.with_name("lower.qcow2"), tmp_path / "after"), before)
+
+
+def test_a_layer_between_must_be_sound_and_free(tmp_path: Path) -> None:
+    image = chain(tmp_path / "chain")
+    middle, base = image.with_name("middle.qcow2"), image.with_name("base.raw")
+    before = base.read_bytes()
+    with opened(middle, writable=True):
+        result = qcowfs("commit", "-b", base, image)
+    assert (result.returncode, "in use" in result.stderr) == (5, True)
+    poke_word(middle, l2_entry_at(middle, 0), 1 << 55 | 1 << 63)
+    result = qcowfs("commit", "-b", base, image)
+    assert (result.returncode, "middle.qcow2: is damaged" in result.stderr) == (4, True)
+    assert base.read_bytes() == before
+
+
+def test_an_overlay_with_a_data_file_is_committed(tmp_path: Path) -> None:
+    base = raw_file(tmp_path / "base.raw", 4 * MIB, "base")
+    data = tmp_path / "image.data"
+    image = create(tmp_path / "image.qcow2", 4 * MIB, "-b", base.name, "-F", "raw", data_file=data)
+    qemu_io(image, *edits(4 * MIB, "data", 6))
+    before = as_raw(image, tmp_path / "before")
+    result = qcowfs("commit", image)
+    assert (result.returncode, "--data-file PATH" in result.stderr) == (3, True)
+    assert main(["commit", "--data-file", str(data), str(image)]) == 0
+    qemu_img("check", image)
+    assert base.read_bytes() == before.read_bytes()
+    assert_same(as_raw(image, tmp_path / "after"), before)
+    assert data.stat().st_blocks == 0
+    qemu_io(image, "write -q -P 9 1M 3k")
+    assert (
+        as_raw(image, tmp_path / "later").read_bytes()[MIB + 3 * KIB :]
+        == before.read_bytes()[MIB + 3 * KIB :]
+    )
 
 
 def test_a_commit_leaves_snapshots_and_what_lies_beyond_a_short_overlay(tmp_path: Path) -> None:
