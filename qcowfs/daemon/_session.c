@@ -18,7 +18,7 @@
 #undef fuse_session_new
 
 enum { MOST_IN_A_ROW = 64, MUCH = 1 << 18 };
-static const long LONGEST_WAIT_NS = 60000;  /* for the next request: about as long as waking up would take */
+static const long LONGEST_WAIT_NS = 100000; /* for the next request: about as long as waking up would take */
 static const long LONGEST_ROW_NS = 2000000; /* then the scheduler gets its turn */
 enum { LONGEST_SLEEP_MS = 2 };              /* in wait for a request, while nothing else waits for anything */
 
