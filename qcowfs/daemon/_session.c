@@ -20,6 +20,7 @@
 enum { MOST_IN_A_ROW = 64, MUCH = 1 << 18 };
 static const long LONGEST_WAIT_NS = 100000; /* for the next request: about as long as waking up would take */
 static const long LONGEST_ROW_NS = 2000000; /* then the scheduler gets its turn */
+enum { INTERFACE = 2 };                     /* goes up with every change that shim.py has to know of */
 enum { LONGEST_SLEEP_MS = 2 };              /* in wait for a request, while nothing else waits for anything */
 
 typedef struct fuse_session *new_session(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, void *);
@@ -373,5 +374,8 @@ PyMODINIT_FUNC PyInit__session(void) {
         PyErr_SetString(PyExc_ImportError, "libfuse3 is not loaded");
         return NULL;
     }
-    return PyModule_Create(&module);
+    PyObject *made = PyModule_Create(&module);
+    if (made != NULL && PyModule_AddIntConstant(made, "INTERFACE", INTERFACE) < 0)
+        Py_CLEAR(made);
+    return made;
 }

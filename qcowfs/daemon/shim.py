@@ -11,6 +11,9 @@ import os
 import sys
 from types import ModuleType
 
+INTERFACE = 2
+"""What the compiled part has to be like; one that an older version left behind is as good as none."""
+
 
 def _load() -> ModuleType | None:
     if "pyfuse3" in sys.modules:
@@ -20,11 +23,11 @@ def _load() -> ModuleType | None:
     try:
         found = importlib.import_module("qcowfs.daemon._session")
     except ImportError:
-        found = None
+        return None
     finally:
         sys.setdlopenflags(flags)
-    return found
+    return found if getattr(found, "INTERFACE", 0) == INTERFACE else None
 
 
 session = _load()
-"""The compiled part, or None where it is missing or came too late."""
+"""The compiled part, or None where it is missing, of another version, or came too late."""

@@ -265,18 +265,23 @@ def test_programs_that_truncate_first_write_to_a_disk_of_the_same_size(tmp_path:
 # -- without the compiled session
 
 
-def without_session(folder: Path) -> dict[str, str]:
-    """An environment in which Python does not find it."""
-    (folder / "sitecustomize.py").write_text("import sys\nsys.modules['qcowfs.daemon._session'] = None\n")
+MISSING, OLDER = "None", "__import__('types').ModuleType('older')"
+
+
+def with_session(folder: Path, session: str) -> dict[str, str]:
+    """An environment in which Python finds that in its place."""
+    lines = f"import sys\nsys.modules['qcowfs.daemon._session'] = {session}\n"
+    (folder / "sitecustomize.py").write_text(lines)
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
-def test_a_mount_without_the_compiled_session_works_and_says_so_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("session", [MISSING, OLDER])
+def test_a_mount_without_the_compiled_session_works_and_says_so_once(session: str, tmp_path: Path) -> None:
     image, twin = create(tmp_path / "image.qcow2", SIZE), tmp_path / "twin"
     twin.touch()
     os.truncate(twin, SIZE)
     text = "without the compiled session: no fallocate, discard or SEEK_HOLE, and slower; see README"
-    with mounted(image, writable=True, env=without_session(tmp_path)) as mount:
+    with mounted(image, writable=True, env=with_session(tmp_path, session)) as mount:
         data = content(2 * MIB, "data")
         for path in (mount.disk, twin):
             with opened(path) as fd:
