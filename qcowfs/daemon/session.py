@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 DEFAULT_READ_AHEAD = 4 << 20
 MAX_BACKGROUND = 64
 _MIN_TASKS = 32
-_KEPT_MEMORY = 8 << 20
+_KEPT_MEMORY = 4 << 20
 """Bytes: what inflating a request of the largest size takes, several times over."""
 
 
