@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from qcowfs.host.hostfile import FileFacts, ReadRequest, Stretch, WriteRequest
+from qcowfs.host.facts import FileFacts
+from qcowfs.host.hostfile import ReadRequest, Stretch, WriteRequest
 
 _inodes = count(1)
 

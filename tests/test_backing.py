@@ -16,7 +16,7 @@ from qcowfs.data.backing import (
     probe_format,
 )
 from qcowfs.errors import BackingFileError
-from qcowfs.host.hostfile import FileFacts
+from qcowfs.host.facts import FileFacts
 from qcowfs.testing import MemoryHostFile
 from tests.asserting import raises_exactly
 from tests.memory import read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import trio
 import trio.testing
 
 from qcowfs.check import check
-from qcowfs.host.hostfile import WriteRequest
+from qcowfs.disk import states
+from qcowfs.host.hostfile import ReadRequest, WriteRequest
 from qcowfs.testing import MemoryHostFile, Punch, Sync, Write
 from tests.host_files import WaitingFile, open_file, place_of_entry, word, writer_of
 from tests.memory import read
@@ -226,6 +228,39 @@ async def test_after_a_failed_flush_the_order_holds_still(stage: int) -> None:
     for cut, data in crash_states(initial, file.log, 400, random.Random(stage)):
         assert (await check(MemoryHostFile(data))).errors == [], f"cut at {cut} of {len(file.log)}"
     image.close()
+
+
+class FailingRead(MemoryHostFile):
+    """A file where the n-th read fails."""
+
+    left = 1 << 30
+
+    async def read_into(self, requests: Sequence[ReadRequest]) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise OSError(5, "injected")
+        await super().read_into(requests)
+
+
+@pytest.mark.parametrize("number", [1, 7, 20, 34, 36, 40, 50])
+async def test_counts_of_a_run_are_lowered_once_whichever_of_them_cannot_be_read(number: int) -> None:
+    """What a snapshot shares is counted twice; lowered twice, its data would be given back."""
+    file = FailingRead(make(Shape(cluster_size=C, size=6 << 20, filled=False)).files[DISK])
+    image = await open_file(file, table_cache=1)
+    content = random.Random(number).randbytes(4 << 20)
+    await writer_of(image).write(0, content)
+    snapshot = await states.create_snapshot(image, b"kept")
+    await writer_of(image).discard(0, len(content))
+    file.left = number
+    for _ in range(4):
+        with suppress(OSError):
+            await writer_of(image).flush()
+    file.left = 1 << 30
+    kept = bytearray(len(content))
+    await image.snapshot_view(snapshot).read_into(0, memoryview(kept))
+    assert kept == content
+    await image.aclose()
+    assert (await check(file)).errors == []
 
 
 async def test_a_flush_that_waits_can_be_cancelled_and_repeated() -> None:

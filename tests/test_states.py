@@ -6,7 +6,7 @@ import errno
 import itertools
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,14 @@ from qcowfs.disk import states
 from qcowfs.disk.image import Image, OpenOptions
 from qcowfs.errors import CorruptImage, QcowError, ReadOnlyError, UnsupportedFeature, UsageError
 from qcowfs.format.snapshot_table import Snapshot
+from qcowfs.host.hostfile import WriteRequest
 from qcowfs.testing import MemoryHostFile
 from tests.builders import BIT_DATA_FILE, DATA_FILE_NAME, ImageBuilder, extension, poke, snapshot_record
 from tests.host_files import WaitingFile, open_file, poke_word, word, writer_of
 from tests.memory import FOLDER, open_bytes, read
 from tests.shapes import DISK, SECTOR, Shape, make, open_disk, qemu
 from tests.states import Twin, clusters_in_use
+from tests.test_bitmaps import made as made_with_bitmaps
 
 SMALL, ODD = 200 << 10, 3 * SECTOR
 SHAPES = {
@@ -578,7 +580,8 @@ async def test_nothing_is_written_once_the_header_could_not_be_put_back() -> Non
     with pytest.raises(CorruptImage):
         await twin.create()
     await twin.assert_equal()
-    await twin.image.aclose()
+    with pytest.raises(CorruptImage, match="a change of its state failed half-way"):
+        await twin.image.aclose()
     assert (await check(twin.file)).errors == []
 
 
@@ -604,6 +607,32 @@ async def test_nothing_is_written_by_the_old_tables_once_another_state_is_in_for
     assert after.saved[b"2"] == live
     await after.image.aclose()
     assert (await check(after.file)).errors == []
+
+
+async def test_nothing_is_written_at_the_end_either_once_another_state_is_in_force() -> None:
+    """Not even bitmaps, whose place would be found by the old counts."""
+    file = MemoryHostFile(made_with_bitmaps())
+    image = await open_file(file)
+    await writer_of(image).write(100_000, b"A" * 100_000)
+    await writer_of(image).flush()
+    write = file.write_from
+
+    async def write_then_fail(requests: Sequence[WriteRequest]) -> None:
+        await write(requests)
+        if any(offset == 24 for offset, _ in requests):
+            file.fail_reads(0, 1 << 50)
+
+    file.write_from = write_then_fail  # type: ignore[method-assign]
+    with pytest.raises((OSError, QcowError)):
+        await states.create_snapshot(image, b"new")
+    file.heal()
+    in_force = bytes(file.data)
+    assert not writer_of(image).is_dirty
+    for action in (writer_of(image).flush, image.aclose):
+        with pytest.raises(CorruptImage, match="nothing more is written"):
+            await action()
+    assert file.data == in_force
+    assert (await check(file)).errors == []
 
 
 # -- beside others

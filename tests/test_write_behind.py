@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,17 @@ def test_the_real_call_keeps_the_content(tmp_path: Path) -> None:
         os.close(fd)
     data = path.read_bytes()
     assert data == b"x" * 4096 + bytes(8192) + b"x" * (STEP - 12288)
+
+
+def test_a_write_goes_on_where_no_thread_is_to_be_had(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
+    behind = WriteBehind(7)
+    behind.note(0, 2 * CHUNK)
+    behind.close()
+    assert told.ranges == []
 
 
 def test_nothing_is_begun_where_nobody_will_sync(told: Told) -> None:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from qcowfs.errors import UsageError
 from qcowfs.geometry import SECTOR_SIZE
-from qcowfs.host.hostfile import FileFacts, HostFile, ReadRequest, Stretch, WriteRequest
+from qcowfs.host.facts import FileFacts
+from qcowfs.host.hostfile import HostFile, ReadRequest, Stretch, WriteRequest
 
 MAGIC = b"qcowfs backup 1\n"
 _LENGTH = struct.Struct(">I")

@@ -34,6 +34,7 @@ from qcowfs.geometry import sector_index
 from qcowfs.host.existing import existing_file, make_blank
 from qcowfs.host.hostfile import OsHostFile
 from qcowfs.host.newfile import new_file
+from qcowfs.text import printable
 
 Report = Callable[[int, int], None]
 """Called now and then with the bytes done and all bytes there are to do."""
@@ -102,7 +103,7 @@ async def convert(
         if copying.bitmaps and copying.image is not None:
             skip = copying.skip_broken_bitmaps
             bitmaps = await load_bitmaps(disk, copying.image.cluster_size, skip_broken=skip)
-        target = await _make_target(stack, path, size, copying, turns, bitmaps)
+        target = await _make_target(stack, path, disk, copying, turns, bitmaps)
         workers = Workers(copying.workers, lambda: _copier(source, target, report), turns)
         within = None if backing is None else differing(disk, backing, target.unit)
         pieces = data_pieces(disk, target.unit, target.most, everything=target.everything, within=within)
@@ -113,10 +114,12 @@ async def convert(
 
 
 async def _make_target(
-    stack: AsyncExitStack, path: Path, size: int, copying: Copying, turns: Turns, bitmaps: list[BitmapCopy]
+    stack: AsyncExitStack, path: Path, disk: Disk, copying: Copying, turns: Turns, bitmaps: list[BitmapCopy]
 ) -> Target:
+    size = round_up_to_sectors(disk.size)
     if copying.into:
         file = await stack.enter_async_context(existing_file(path, size))
+        _refuse_own_files(file, disk)
         return ExistingTarget(file, size, blank=await make_blank(file, size))
     file = await stack.enter_async_context(new_file(path, force=copying.force, sync=False))
     form = copying.image
@@ -132,6 +135,12 @@ async def _make_target(
         named = new_file(Path(form.data_file), force=copying.force, sync=False)
         data = await stack.enter_async_context(named)
     return ImageTarget(file, image, turns, data, encrypt)
+
+
+def _refuse_own_files(file: OsHostFile, disk: Disk) -> None:
+    """Raise `UsageError` where the disk itself would be overwritten: shared locks do not prevent it."""
+    if any(own.facts().identity == file.facts().identity for own in disk.files()):
+        raise UsageError(f"-n: {printable(os.fsencode(file.name))} is what {disk.label} is read from")
 
 
 async def _make_encrypt(file: OsHostFile, form: Creation, passphrase: bytes | None) -> Encrypt | None:

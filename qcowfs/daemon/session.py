@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,22 +97,36 @@ async def _serve_mounted(
 ) -> None:
     eager.install()
     async with trio.open_nursery() as nursery:
-        tree = control.tree
-        operations = _operations(control, options.ownership, facts, nursery)
-        try:
-            pyfuse3.init(operations, str(mount_point), _fuse_options(path, options))
-        except RuntimeError as error:
-            raise MountError(f"mount point {mount_point}: the kernel refused the mount ({error})") from None
-        try:
-            nursery.start_soon(_end_on_signals, mount_point)
-            nursery.start_soon(_come_alive, mount_point, options, path, ready)
-            nursery.start_soon(_count_allocated, tree)
-            if tree.disk.writer is not None:
-                nursery.start_soon(write_back_when_idle, tree.disk.writer)
-            await pyfuse3.main(min_tasks=_MIN_TASKS)
-        finally:
-            nursery.cancel_scope.cancel()
-            pyfuse3.close(unmount=True)
+        with ExitStack() as at_end:
+            at_end.callback(nursery.cancel_scope.cancel)
+            async with trio.open_nursery() as requests:  # they are answered before the session is gone
+                operations = _operations(control, options.ownership, facts, requests)
+                _init(operations, path, mount_point, options)
+                at_end.callback(pyfuse3.close, unmount=True)
+                _start_others(nursery, control.tree, mount_point, options, path, ready)
+                try:
+                    await pyfuse3.main(min_tasks=_MIN_TASKS)
+                finally:
+                    requests.cancel_scope.cancel()
+
+
+def _start_others(
+    nursery: trio.Nursery, tree: Tree, mount_point: Path, options: MountOptions, path: Path,
+    ready: Callable[[], None],
+) -> None:  # fmt: skip
+    """What runs beside the requests."""
+    nursery.start_soon(_end_on_signals, mount_point)
+    nursery.start_soon(_come_alive, mount_point, options, path, ready)
+    nursery.start_soon(_count_allocated, tree)
+    if tree.disk.writer is not None:
+        nursery.start_soon(write_back_when_idle, tree.disk.writer)
+
+
+def _init(operations: ChangingOperations, path: Path, mount_point: Path, options: MountOptions) -> None:
+    try:
+        pyfuse3.init(operations, str(mount_point), _fuse_options(path, options))
+    except RuntimeError as error:
+        raise MountError(f"mount point {mount_point}: the kernel refused the mount ({error})") from None
 
 
 def _operations(

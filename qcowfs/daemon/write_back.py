@@ -22,7 +22,8 @@ LONGEST_DIRTY = 30.0
 async def write_back_when_idle(writer: DiskWriter) -> None:
     """Write dirty metadata back once nothing was written for a while, or it has waited too long.
 
-    A failure is logged once; the next try may succeed, and an fsync of a user tells it again.
+    A failure is logged once. Where the host refused a write the next try may succeed; where a sync failed
+    none does, and every fsync of a user tells it again.
     """
     failing = False
     dirty_for, seen = 0.0, 0
@@ -37,7 +38,7 @@ async def write_back_when_idle(writer: DiskWriter) -> None:
             failing, dirty_for = False, 0.0
         except OSError as error:
             if not failing:
-                log.error("cannot write back: %s; trying again", error)  # noqa: TRY400 - one line
+                log.error("cannot write back: %s", error)  # noqa: TRY400 - one line
             failing = True
 
 

@@ -22,7 +22,8 @@ from qcowfs.geometry import (
     sector_start,
     whole_sectors,
 )
-from qcowfs.host.hostfile import FileFacts, HostFile, run_in_thread
+from qcowfs.host.facts import FileFacts
+from qcowfs.host.hostfile import HostFile, run_in_thread
 
 if TYPE_CHECKING:
     from qcowfs.codecs.encryption import SectorCipher

@@ -84,8 +84,8 @@ class Writer:
 
     def note_written(self, where: range, length: int) -> None:
         """Note that so many bytes were overwritten in place, in a range of the data file."""
-        self._to.data.note_written(where, length)
         self._to.flusher.note_write()
+        self._to.data.note_written(where, length)
 
     async def write(self, guest: GuestOffset, data: memoryview) -> None:
         """Write bytes; the range must lie within the disk.

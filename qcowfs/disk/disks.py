@@ -5,7 +5,7 @@ Owns how a path becomes such a disk. Must not know what is done with it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +37,15 @@ class Disk:
     def size(self) -> int:
         """Bytes of the disk."""
         return self.reader.size
+
+    def files(self) -> Iterator[HostFile]:
+        """Every file that its bytes may come from, down to the bottom of the chain."""
+        reader: GuestReader | ImageView | None = self.image or self.reader
+        while isinstance(reader, Image):
+            yield from {reader.file, reader.data_file}
+            reader = reader.backing
+        if isinstance(reader, RawBacking):
+            yield reader.file
 
     @property
     def view(self) -> ImageView | None:

@@ -54,7 +54,7 @@ class DiskWriter:
         self._flusher = flusher
         self._bitmaps = bitmaps
         self._incompatible = parts.header.incompatible
-        self._prepared = False
+        self._prepared = self._forbidden = False
         self._detect = parts.detect_zeroes
         self._gate = Gate()
         self.turn = trio.Lock()
@@ -109,6 +109,7 @@ class DiskWriter:
         """Return when everything written so far is on disk. Raises `OSError` as the host does."""
         await self._gate.enter()
         try:
+            self._refuse_if_forbidden()
             await self._flusher.flush()
         finally:
             self._gate.leave()
@@ -156,14 +157,24 @@ class DiskWriter:
         self._bitmaps.add(0, self._parts.view.size)
 
     def forbid(self) -> None:
-        """Let nothing more be written, since what is on disk is not certain."""
+        """Let nothing more be written, at the end neither: the state on disk is not the one in memory."""
         self._incompatible |= _CORRUPT
+        self._forbidden = True
+
+    def _refuse_if_forbidden(self) -> None:
+        if self._forbidden:
+            raise CorruptImage(
+                f"{self._parts.label}: nothing more is written, since a change of its state failed half-way; "
+                "unmount it, then run qcowfs check"
+            )
 
     async def finish(self) -> None:
-        """Write everything back before the files are closed."""
+        """Write everything back before the files are closed; raises as `flush` does."""
+        self._refuse_if_forbidden()
         await self._flusher.flush_all()
         self._prepared = False
-        await self._bitmaps.store()
+        if not self._incompatible & _CORRUPT:
+            await self._bitmaps.store()
 
     @property
     def allocated_since_open(self) -> int:
@@ -173,7 +184,7 @@ class DiskWriter:
     @property
     def is_dirty(self) -> bool:
         """Whether anything waits to reach the disk."""
-        return self._flusher.is_dirty
+        return self._flusher.is_dirty and not self._forbidden
 
     async def _change(self, guest: int, length: int, work: Callable[[], Awaitable[None]]) -> None:
         """Run what changes a range of the disk, beside other changes.

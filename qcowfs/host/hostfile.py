@@ -16,7 +16,6 @@ import struct
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -25,6 +24,7 @@ import trio
 from qcowfs.errors import UsageError
 from qcowfs.host import syscalls
 from qcowfs.host.batches import batches
+from qcowfs.host.facts import FileFacts, facts_of
 from qcowfs.host.write_behind import WriteBehind
 
 log = logging.getLogger(__name__)
@@ -46,22 +46,12 @@ LITTLE = 1 << 18
 """Seconds and bytes: a sync is taken to be quick after one that was, with no more than this to write."""
 _WRITERS = 2
 """Threads that write at a time: the host lets one into a file, the next is there at once, more only wait."""
+LOST_BY_SYNC = "an earlier sync failed, so the host may have lost what was written before it"
 _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("qQQQ")
 _CANNOT_CLONE = (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ETXTBSY)
 _CANNOT_COPY = (*_CANNOT_CLONE, errno.ENOSYS, errno.EBADF)
 _WOULD_BLOCK = (errno.EAGAIN, errno.EOPNOTSUPP)
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """What a status call tells of a host file: sizes in bytes, time in nanoseconds since 1970."""
-
-    size: int
-    allocated: int
-    mtime_ns: int
-    identity: tuple[int, int]
-    regular: bool
 
 
 class HostFile(Protocol):
@@ -121,6 +111,7 @@ class OsHostFile:
         self._inline_writes_after = 0.0
         self._unsynced = 0
         self._last_sync = math.inf
+        self._sync_error = 0
         self._nowait = hasattr(os, "RWF_NOWAIT")
         self._write_behind = WriteBehind(fd)
         self._writers = threading.Semaphore(_WRITERS)
@@ -159,12 +150,7 @@ class OsHostFile:
 
     def facts(self) -> FileFacts:
         """Size, time and identity as of now."""
-        status = os.fstat(self._fd)
-        regular = stat.S_ISREG(status.st_mode)
-        size = status.st_size if regular else os.lseek(self._fd, 0, os.SEEK_END)
-        return FileFacts(
-            size, status.st_blocks * 512, status.st_mtime_ns, (status.st_dev, status.st_ino), regular
-        )
+        return facts_of(self._fd)
 
     async def read_into(self, requests: Sequence[ReadRequest]) -> None:
         """Fill every buffer: inline where the page cache has it all, the rest in one thread.
@@ -300,15 +286,23 @@ class OsHostFile:
     async def sync(self) -> None:
         """Return when everything written so far is on disk. Raises `OSError` as the host does.
 
-        Where the last sync was quick and little was written since, a thread would cost more than it.
+        Once one has failed all later ones do: the host has dropped what it could not write, and the next
+        would succeed without it. Where the last sync was quick and little was written since, a thread
+        would cost more than it.
         """
         quick = self._last_sync < QUICK_SYNC and self._unsynced <= LITTLE
         self._unsynced = 0
         start = time.monotonic()
-        if quick:
-            os.fdatasync(self._fd)
-        else:
-            await run_in_thread(os.fdatasync, self._fd)
+        if self._sync_error:
+            raise OSError(self._sync_error, LOST_BY_SYNC, self.name)
+        try:
+            if quick:
+                os.fdatasync(self._fd)
+            else:
+                await run_in_thread(os.fdatasync, self._fd)
+        except OSError as error:
+            self._sync_error = error.errno or errno.EIO
+            raise
         self._last_sync = time.monotonic() - start
 
     # -- for functions that run in a worker thread already

@@ -45,7 +45,10 @@ class WriteBehind:
 
     def _begin(self, start: int, length: int) -> None:
         self._pool = self._pool or ThreadPoolExecutor(1, "write-behind")
-        self._started = self._pool.submit(syscalls.begin_writing, self._fd, start, length)
+        try:
+            self._started = self._pool.submit(syscalls.begin_writing, self._fd, start, length)
+        except RuntimeError:  # no thread is to be had; the host writes all the same, only later
+            self._stopped = True
 
     def stop(self) -> None:
         """Leave all that is written from now on to the host."""

@@ -163,17 +163,21 @@ class Flusher:
         self._dropped[:0] = waiting
         ready = _joined([clusters for epoch, clusters in dropped if epoch < oldest])
         while ready:
+            part = self._refcounts.first_part(ready[-1])
             try:
-                await self._free_run(ready[-1])
+                await self._free_part(part)
             except CorruptImage as error:
                 log.warning("cannot free a cluster: %s", error)
             except BaseException:
                 self._dropped += [(self._epochs.current, clusters) for clusters in ready]
                 raise
-            ready.pop()
+            ready[-1:] = [rest] if (rest := ready[-1][len(part) :]) else []
 
-    async def _free_run(self, clusters: range) -> None:
-        """Give the host's blocks back while nobody else can take the clusters, then free these."""
+    async def _free_part(self, clusters: range) -> None:
+        """Give the host's blocks back while nobody else can take the clusters, then free these.
+
+        They are counted by one slice, so whoever fails or is cancelled has lowered all of them or none.
+        """
         size = self._refcounts.cluster_size
         for last in await self._refcounts.last_references(clusters):
             await self._file.punch_hole(last.start * size, len(last) * size)

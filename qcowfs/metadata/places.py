@@ -46,6 +46,8 @@ class Places:
         if found is None:
             return None
         self.note(cluster, found)
+        if len(self._lookups) >= MOST_KNOWN:
+            self._lookups.clear()
         area = cluster >> _AREA_BITS
         lookups = self._lookups[area] = self._lookups.get(area, 0) + 1
         if lookups == _MANY:

@@ -107,6 +107,10 @@ class Refcounts:
 
     # -- runs of counts
 
+    def first_part(self, clusters: range) -> range:
+        """The first of the clusters, as far as one slice counts them."""
+        return clusters[: self._slice_entries - clusters.start % self._slice_entries]
+
     async def last_references(self, clusters: range) -> list[range]:
         """Those runs of the clusters whose count is 1."""
         found: list[range] = []

@@ -20,6 +20,7 @@ from qcowfs.disk.states import resize
 from qcowfs.errors import UsageError
 from qcowfs.geometry import GuestOffset
 from qcowfs.host import locks
+from qcowfs.host.facts import identity_of
 from qcowfs.host.hostfile import HostFile, OsHostFile
 from qcowfs.metadata.mapping import UNALLOCATED, ZERO_KIND, Extent
 
@@ -172,7 +173,7 @@ def is_same(file: HostFile, path: Path) -> bool:
         status = path.stat()
     except OSError:
         return False
-    return file.facts().identity == (status.st_dev, status.st_ino)
+    return file.facts().identity == identity_of(status)
 
 
 async def is_zero(reader: Reader, guest: GuestOffset, length: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,17 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         words = ["-c"] if request.param == "compressed" else []
         qemu_img("convert", *words, "-f", "raw", "-O", "qcow2", raw, image)
     return image
+
+
+def test_a_disk_is_not_written_over_itself_even_if_locks_are_shared(source: Path, tmp_path: Path) -> None:
+    overlay = "backing file" in run("qemu-img", "info", source).stdout
+    for target in {source, tmp_path / "source.raw"} if overlay else {source}:
+        os.truncate(target, max(target.stat().st_size, SIZE))
+        before = target.read_bytes()
+        result = qcowfs("convert", "-U", "-n", "-O", "raw", source, target)
+        assert result.stderr == f"qcowfs: -n: {target} is what {source} is read from\n"
+        assert result.returncode == 2
+        assert target.read_bytes() == before
 
 
 def test_a_device_holds_the_disk_and_what_lay_behind_it(source: Path, device: Path, tmp_path: Path) -> None:

@@ -53,6 +53,42 @@ def twin(tmp_path: Path) -> Path:
     return twin
 
 
+@pytest.fixture
+def failing(tmp_path: Path) -> Iterator[Path]:
+    """A block device that takes 12 MiB and fails to write more to its disk."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=12M", "tmpfs", folder)
+    try:
+        below = folder / "below"
+        below.touch()
+        os.truncate(below, 128 * MIB)
+        device = run("losetup", "--find", "--show", below).stdout.strip()
+        try:
+            yield Path(device)
+        finally:
+            run("losetup", "--detach", device)
+    finally:
+        run("umount", folder)
+
+
+def test_once_a_sync_failed_every_later_one_does(failing: Path, tmp_path: Path) -> None:
+    """The host drops what it could not write, so that its own next sync succeeds without it."""
+    create(failing, SIZE)
+    with mounted(failing, writable=True, beside=tmp_path) as mount:
+        fd = os.open(mount.disk, os.O_RDWR)
+        for number in range(40):
+            put(fd, number * MIB, bytes([number]) * MIB)
+        for call in (os.fsync, os.fsync, os.fdatasync, os.close):
+            with pytest.raises(OSError, match="Input/output error"):
+                call(fd)
+        run("umount", mount.folder)
+        assert mount.wait() == 1
+        complaints = mount.take_complaints()
+        assert any("an earlier sync failed" in line for line in complaints)
+        mount.process.returncode = 0  # as it should be for any other mount
+
+
 def chunk(number: int) -> tuple[int, bytes]:
     return number * CHUNK, number.to_bytes(2, "big") * (CHUNK // 2)
 
