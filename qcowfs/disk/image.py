@@ -133,7 +133,7 @@ class Image:
             from qcowfs.disk.live import make_writer
 
             try:
-                image.writer = await make_writer(image.parts())
+                image.writer = await make_writer(image.parts(), at_open=True)
             except BaseException:
                 image.close()
                 raise
