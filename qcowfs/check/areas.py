@@ -31,6 +31,7 @@ WITH_DISK_SIZE = 16
 """Bytes of extra data that version 3 demands of a snapshot."""
 WHOLE = "the whole snapshot"
 _ALL_ONES = 1
+_CUT = "is cut short"
 
 
 async def load_snapshots(subject: Subject) -> dict[int, Snapshot]:
@@ -66,6 +67,8 @@ async def load_all_records(subject: Subject, *, report: bool = False) -> list[Sn
                 whole = "what cannot be read of the snapshot table"
                 subject.hide(f"{which} {record}", "snapshot table", whole=whole, host=offset + start)
                 subject.is_snapshot_table_broken = True
+            if record == _CUT and available < MAX_TABLE_BYTES:
+                subject.note_gone(max(subject.clusters, offset >> subject.bits), "snapshot table")
             break
         records.append(record)
         start += len(record.pack())
@@ -79,7 +82,7 @@ def _next_record(table: bytes, start: int) -> Snapshot | str:
     except CorruptImage as error:
         return f"cannot be read: {error}"
     if length is None or start + length > len(table):
-        return "is cut short"
+        return _CUT
     return unpack_record(table[start : start + length], 0)
 
 
@@ -168,6 +171,9 @@ async def _claim_bitmap(subject: Subject, entry: BitmapEntry) -> None:
             "names no cluster of bits in the file", owner, Kind.ERROR, host=int(offsets[index]),
             place=entry.table_offset + index * 8, entry=int(words[index]),
         )  # fmt: skip
+    past = (offsets % np.uint64(size) == 0) & (offsets >> np.uint64(subject.bits) >= subject.clusters)
+    if past.any():
+        subject.note_gone(int(offsets[past].min()) >> subject.bits, owner)
     clusters = (offsets[~wrong & (offsets != 0)] >> np.uint64(subject.bits)).astype(np.int64)
     for cluster in clusters[subject.owners[clusters] != UNCLAIMED].tolist():
         subject.error("its bits overlap other metadata", owner, host=cluster << subject.bits)

@@ -152,6 +152,16 @@ class Entries:
         else:
             yield from self._place_breaches()
 
+    def first_past_end(self) -> tuple[int, int] | None:
+        """The lowest host cluster that was lost with the end of the file, and the index of its entry."""
+        if not self._past_end.any():
+            return None
+        gone = np.flatnonzero(self._past_end & ~self._unaligned & ~self._reads_zero)
+        if not len(gone):
+            return None
+        lowest = int(gone[np.argmin(self.offsets[gone])])
+        return int(self.offsets[lowest]) >> self.subject.bits, int(self.indices[lowest])
+
     def _breach(self, mask: Bool, kind: Kind, rule: str, cure: Cure) -> Breach:
         return Breach(kind, rule, cure, self.indices[mask])
 

@@ -20,8 +20,7 @@ from qcowfs.check.subject import Subject
 from qcowfs.check.trees import L1_RESERVED, Batch, Tree
 from qcowfs.check.walk import breaches
 from qcowfs.codecs.compression import inflater
-from qcowfs.errors import UsageError
-from qcowfs.format.entries import COMPRESSED, COPIED, ZERO
+from qcowfs.format.entries import COPIED, ZERO
 from qcowfs.host.hostfile import HostFile, WriteRequest
 
 FLAGS = frozenset({Cure.SET_COPIED, Cure.CLEAR_COPIED})
@@ -116,20 +115,3 @@ def _cure(subject: Subject, flat: U64, places: I64, cure: Cure) -> None:
         flat[places] |= _COPIED
     else:
         flat[places] &= ~_COPIED
-
-
-async def forget_zeros(file: HostFile, found: Inspection, *, may_forget: bool) -> None:
-    """Make unallocated of every zero cluster of standard L2 entries, in all trees, which reads the same.
-
-    Raises `UsageError` where there are some and that would not read the same.
-    """
-    async for batch in found.trees.walk():
-        zero = (batch.words & (_ZERO | np.uint64(COMPRESSED))) == _ZERO
-        rows = np.flatnonzero(zero.any(axis=1)).tolist()
-        if rows and not may_forget:
-            raise UsageError(
-                f"{file.name}: has zero clusters over a backing file, which version 2 cannot express"
-            )
-        words = np.where(zero, np.uint64(0), batch.words).astype(">u8")
-        await file.write_from([(int(batch.offsets[row]), words[row].tobytes()) for row in rows])
-    await file.sync()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qcowfs.check.arrays import Counts, batches, count_type, load_bytes, pack_counts, runs_of
+from qcowfs.check.growth import place_behind_end
 from qcowfs.check.subject import REFCOUNT_BLOCK, REFCOUNT_TABLE, Subject
 from qcowfs.errors import CorruptImage, UsageError
 from qcowfs.format.header import MAX_REFCOUNT_TABLE_BYTES
@@ -57,6 +58,12 @@ class Recount:
         subject = self.subject
         own = (subject.owners == REFCOUNT_TABLE) | (subject.owners == REFCOUNT_BLOCK)
         return bool((subject.references[own] > 1).any())
+
+    def refuse_growth(self, file: HostFile) -> None:
+        """Raise `CorruptImage` or `UsageError` where a new structure is needed and has no place."""
+        wanted = self.wanted()
+        if self.needs_new_structure(wanted):
+            _plan(file, self.subject, wanted, self.subject.header.refcount_order)
 
     async def write(self, file: HostFile) -> bool:
         """Put the counts right; whether anything was written."""
@@ -120,25 +127,41 @@ async def change_width(file: HostFile, subject: Subject, order: int) -> None:
 
 async def _write_new(file: HostFile, subject: Subject, wanted: Counts, order: int) -> None:
     """Write new blocks and a new table that also count themselves, then let the header name them."""
-    bits, size = 1 << order, subject.geometry.cluster_size
-    per_block = size * 8 // bits
+    size, new = subject.geometry.cluster_size, _plan(file, subject, wanted, order)
+    table = np.zeros(new.table_clusters * size // 8, ">u8")
+    table[new.blocks] = (new.first + np.arange(len(new.blocks))) << subject.bits
+    for part in batches(len(new.blocks), size):
+        rows = pack_counts(new.rows[new.blocks[part]], 1 << order)
+        await file.write_from([((new.first + part.start) << subject.bits, rows)])
+    table_at = (new.first + len(new.blocks)) << subject.bits
+    await file.write_from([(table_at, table.tobytes())])
+    await file.sync()
+    await _switch(file, subject, _PLACE.pack(table_at, new.table_clusters), order)
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """New counts, a row for each block; which rows get one; where they lie, followed by the table."""
+
+    rows: Counts
+    blocks: Counts
+    first: int
+    table_clusters: int
+
+
+def _plan(file: HostFile, subject: Subject, wanted: Counts, order: int) -> _Structure:
+    """A new structure, which counts itself. Raises `CorruptImage` or `UsageError` where it has no place."""
+    bits = 1 << order
+    per_block = subject.geometry.cluster_size * 8 // bits
     counts = _padded(_without_old_structure(subject, wanted), per_block, bits)
-    blocks, table_clusters = _plan(subject, counts, per_block)
-    first = _find_place(file, subject, len(blocks) + table_clusters)
+    blocks, table_clusters = _size_of_new(subject, counts, per_block)
+    first = place_behind_end(file, subject, len(blocks) + table_clusters)
     end = first + len(blocks) + table_clusters
     counts = _padded(
         np.concatenate([counts, np.zeros(max(0, end - len(counts)), counts.dtype)]), per_block, bits
     )
     counts[first:end] = 1
-    rows = counts.reshape(-1, per_block)
-    table = np.zeros(table_clusters * size // 8, ">u8")
-    table[blocks] = (first + np.arange(len(blocks))) << subject.bits
-    for part in batches(len(blocks), size):
-        await file.write_from([((first + part.start) << subject.bits, pack_counts(rows[blocks[part]], bits))])
-    table_at = (first + len(blocks)) << subject.bits
-    await file.write_from([(table_at, table.tobytes())])
-    await file.sync()
-    await _switch(file, subject, _PLACE.pack(table_at, table_clusters), order)
+    return _Structure(counts.reshape(-1, per_block), blocks, first, table_clusters)
 
 
 async def _switch(file: HostFile, subject: Subject, place: bytes, order: int) -> None:
@@ -161,7 +184,7 @@ def _padded(counts: Counts, per_block: int, bits: int) -> Counts:
 
 def _without_old_structure(subject: Subject, wanted: Counts) -> Counts:
     """The counts of the file's clusters, once the old table and its blocks are given up."""
-    counts = wanted[: subject.clusters].copy()
+    counts = wanted[: subject.clusters + 1].copy()
     header, old = subject.header, subject.block_offsets[subject.block_offsets != 0] >> subject.bits
     counts[old] = _less_one(subject, old)
     at, size = header.refcount_table_offset, header.refcount_table_clusters << subject.bits
@@ -178,12 +201,12 @@ def _less_one(subject: Subject, clusters: Counts) -> Counts:
     return less
 
 
-def _plan(subject: Subject, counts: Counts, per_block: int) -> tuple[Counts, int]:
+def _size_of_new(subject: Subject, counts: Counts, per_block: int) -> tuple[Counts, int]:
     """Which ranges get a block, and how many clusters the table takes; both count themselves."""
     used = np.flatnonzero(counts.reshape(-1, per_block).any(axis=1))
     size, extra = subject.geometry.cluster_size, 0
     while True:
-        first, last = subject.clusters // per_block, (subject.clusters + extra) // per_block
+        first, last = subject.clusters // per_block, (subject.clusters + 1 + extra) // per_block
         blocks = np.union1d(used, np.arange(first, last + 1))
         table_clusters = -(-(int(blocks[-1]) + 1) * 8 // size)
         if len(blocks) + table_clusters <= extra:
@@ -192,13 +215,3 @@ def _plan(subject: Subject, counts: Counts, per_block: int) -> tuple[Counts, int
     if table_clusters * size > MAX_REFCOUNT_TABLE_BYTES:
         raise CorruptImage(f"{subject.file.name}: its refcount table would be over the limit of 8 MiB")
     return blocks, table_clusters
-
-
-def _find_place(file: HostFile, subject: Subject, clusters: int) -> int:
-    """Where the new structure goes: behind the file's end, where nothing can lie."""
-    if file.facts().regular:
-        return subject.clusters
-    raise UsageError(
-        f"{file.name}: needs {clusters} clusters behind its end for new refcounts, which a device has not; "
-        "copy the image to a file first"
-    )

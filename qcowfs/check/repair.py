@@ -131,6 +131,8 @@ async def _repair(file: HostFile, found: Inspection, wishes: Wishes) -> Report:
     if not wishes.errors:
         await _give_back(file, subject, wishes)
         return (await inspect(file, data=wishes.data, passes=subject.passes)).subject.report
+    if not wishes.drop_lost:
+        Recount(subject, may_raise=True, may_free=_may_free(subject.report)).refuse_growth(file)
     await _mark(file, subject.header, subject.header.incompatible | Incompatible.DIRTY)
     found = await _mend_all(file, found, wishes)
     report = found.subject.report
@@ -146,9 +148,9 @@ async def _mend_all(file: HostFile, found: Inspection, wishes: Wishes) -> Inspec
     cures = mend.LOSSLESS | ({Cure.DROP} if wishes.drop_lost else set())
     if await mend.mend_tables(file, found, cures, data=wishes.data):
         found = await inspect(file, data=wishes.data, passes=passes)
-    if await mend_snapshots(file, found.subject, drop_lost=wishes.drop_lost):
+    if await _give_up_bitmaps(file, found.subject, wishes):  # before the file grows to where they were
         found = await inspect(file, data=wishes.data, passes=passes)
-    if await _give_up_bitmaps(file, found.subject, wishes):
+    if await mend_snapshots(file, found.subject, drop_lost=wishes.drop_lost):
         found = await inspect(file, data=wishes.data, passes=passes)
     await _give_back(file, found.subject, wishes)
     found = await inspect(file, data=wishes.data, passes=passes)

@@ -11,14 +11,15 @@ from dataclasses import replace
 
 from qcowfs.check.areas import WITH_DISK_SIZE, is_incomplete, load_all_records
 from qcowfs.check.checker import inspect
+from qcowfs.check.growth import place_behind_end
 from qcowfs.check.recount import Recount
-from qcowfs.check.subject import Subject
-from qcowfs.errors import CorruptImage
+from qcowfs.check.subject import NOBODY, Subject
 from qcowfs.format.snapshot_table import Snapshot
 from qcowfs.host.hostfile import HostFile
 
 SNAPSHOTS_FIELD = 60
 _PLACE = struct.Struct(">IQ")
+_UNALIGNED = 1
 _SIZES = struct.Struct(">QQ")
 
 
@@ -38,8 +39,33 @@ async def mend_snapshots(file: HostFile, subject: Subject, *, drop_lost: bool) -
             return False
     if not is_needed and not any(is_incomplete(subject, record) for record in records):
         return False
+    if drop_lost:
+        subject = await _forget_gone(file, subject)
     await _write(file, subject, [_completed(subject, record) for record in records])
     return True
+
+
+async def _forget_gone(file: HostFile, subject: Subject) -> Subject:
+    """Let the old table name nothing behind the end of the file, before that grows; what is known then.
+
+    Each step is one write within a sector: first the records behind the end, then their L1 tables.
+    """
+    records = await load_all_records(subject)
+    if subject.first_gone == NOBODY or subject.header.snapshots_offset >> subject.bits >= subject.clusters:
+        return subject
+    if len(records) != subject.header.nb_snapshots:
+        await file.write_from([(SNAPSHOTS_FIELD, len(records).to_bytes(4, "big"))])
+        await file.sync()
+        subject = (await inspect(file, passes=subject.passes)).subject
+    if subject.is_snapshot_table_broken:
+        return subject
+    place = subject.header.snapshots_offset
+    for record in records:
+        if subject.is_past_end(record.l1_table_offset, record.l1_size * 8):
+            await file.write_from([(place, (record.l1_table_offset | _UNALIGNED).to_bytes(8, "big"))])
+        place += len(record.pack())
+    await file.sync()
+    return (await inspect(file, passes=subject.passes)).subject
 
 
 def _completed(subject: Subject, snapshot: Snapshot) -> Snapshot:
@@ -52,21 +78,20 @@ def _completed(subject: Subject, snapshot: Snapshot) -> Snapshot:
 
 async def _write(file: HostFile, subject: Subject, records: list[Snapshot]) -> None:
     """Put a new table in force."""
-    offset = subject.clusters << subject.bits if records else 0
+    offset = 0
     if records:
-        table = b"".join(record.pack() for record in records)
-        await _append(file, subject, table)
+        offset = await _append(file, subject, b"".join(record.pack() for record in records))
     await file.write_from([(SNAPSHOTS_FIELD, _PLACE.pack(len(records), offset))])
     await file.sync()
 
 
-async def _append(file: HostFile, subject: Subject, table: bytes) -> None:
-    """Write the table behind the end of the file, and count it."""
-    if not file.facts().regular:
-        raise CorruptImage(f"{file.name}: its snapshot table needs a new place, which a device has not")
+async def _append(file: HostFile, subject: Subject, table: bytes) -> int:
+    """Write the table behind the end of the file, and count it; its host offset."""
     whole = table.ljust(subject.geometry.cluster_round_up(len(table)), b"\0")
-    await file.write_from([(subject.clusters << subject.bits, whole)])
+    first = place_behind_end(file, subject, len(whole) >> subject.bits)
+    await file.write_from([(first << subject.bits, whole)])
     await file.sync()
     grown = (await inspect(file, passes=subject.passes)).subject
-    grown.refer_to_run(subject.clusters, grown.clusters)
+    grown.refer_to_run(first, grown.clusters)
     await Recount(grown, may_raise=True, may_free=False).write(file)
+    return first << subject.bits

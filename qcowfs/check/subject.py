@@ -32,6 +32,7 @@ HEADER, REFCOUNT_TABLE, REFCOUNT_BLOCK, L1_TABLE, L2_TABLE, SNAPSHOT_TABLE, LUKS
 )
 """What a claimed host cluster holds, as an index of `AREAS`."""
 
+NOBODY = 1 << 64
 ALL_SNAPSHOTS = "all snapshots"
 _TABLE_FIELD, _TABLE_FIELD_END = 48, 60
 _SNAPSHOT_FIELD, _SNAPSHOT_FIELD_END = 60, 72
@@ -46,7 +47,8 @@ class Subject:
     `block_offsets` has the place of each refcount block that can be believed, else 0, and `far_counts` the
     blocks, by index, that count clusters beyond `stored`. `is_table_sound` and `broken_blocks` tell
     whether the refcount table and its entries can be believed, `broken_snapshots` which records of the
-    snapshot table, by index, name no L1 table of their own. `passes` is told how far the walks are.
+    snapshot table, by index, name no L1 table of their own. `first_gone` is the lowest cluster past the end
+    of the file whose bytes somebody misses, if anybody does. `passes` is told how far the walks are.
     """
 
     file: HostFile
@@ -61,6 +63,8 @@ class Subject:
     are_bitmaps_broken: bool = False
     broken_snapshots: set[int] = field(default_factory=set)
     is_snapshot_table_broken: bool = False
+    first_gone: int = NOBODY
+    who_is_gone: str = ""
     passes: Passes = field(default_factory=Passes)
 
     def __post_init__(self) -> None:
@@ -99,6 +103,11 @@ class Subject:
         self.report.hidden = True
         self.report.add(Finding(kind, rule, owner, whole=whole, **places))
 
+    def note_gone(self, cluster: int, who: str) -> None:
+        """Note who misses a cluster past the end of the file; the lowest of them counts."""
+        if cluster < self.first_gone:
+            self.first_gone, self.who_is_gone = cluster, f"{who}, host offset {cluster << self.bits:#x}"
+
     def claim(
         self, offset: int, size: int, area: int, owner: str, kind: Kind = Kind.LOST, *, whole: str = ""
     ) -> bool:
@@ -114,6 +123,8 @@ class Subject:
             return False
         if self.is_past_end(offset, size):
             self.hide("lies past the end of the file", owner, kind, whole, host=offset)
+            if area != REFCOUNT_TABLE:  # a new one takes its place
+                self.note_gone(max(self.clusters, offset >> self.bits), owner)
             return False
         first, last = offset >> self.bits, (offset + size - 1) >> self.bits
         part = self.owners[first : last + 1]

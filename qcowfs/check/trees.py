@@ -82,11 +82,20 @@ class Trees:
         """Judge the entries of an L1 table, then count and claim the L2 tables that they name."""
         for breach in [*self.breaches(words), *self.flag_breaches(tree, words)]:
             self._report(tree, words, breach)
+        self._note_gone(tree, words)
         _, clusters = self._tables(words)
         self._subject.refer(clusters)
         owners = self._subject.owners[clusters]
         self._subject.owners[clusters[owners == UNCLAIMED]] = L2_TABLE
         self._note(clusters)
+
+    def _note_gone(self, tree: Tree, words: U64) -> None:
+        """Note the lowest L2 table that was lost with the end of the file."""
+        offsets = words & np.uint64(OFFSET_MASK)
+        past = (offsets >> np.uint64(self._subject.bits)) >= np.uint64(self._subject.clusters)
+        past &= (offsets % np.uint64(self._subject.geometry.cluster_size)) == 0
+        if past.any():
+            self._subject.note_gone(int(offsets[past].min()) >> self._subject.bits, f"{tree.label}, L2 table")
 
     def _note(self, clusters: I64) -> None:
         """Count another owner for each of these L2 tables, among all of them in the order of the file."""

@@ -12,6 +12,7 @@ import numpy as np
 from qcowfs.check.arrays import I64, Counts
 from qcowfs.check.entries import Breach, Entries
 from qcowfs.check.findings import Finding
+from qcowfs.check.growth import note_gone
 from qcowfs.check.runs import take_runs
 from qcowfs.check.subject import Subject
 from qcowfs.check.trees import Batch, Trees
@@ -28,6 +29,7 @@ async def walk(subject: Subject, trees: Trees) -> None:
         for breach in breaches(entries, batch):
             report(subject, batch, entries, breach)
         _count(entries, batch)
+        await note_gone(subject, batch, entries)
         if batch.tree.active:
             _measure(entries)
 

@@ -21,6 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--data-file", type=Path, metavar="PATH", help="the overlay's external data file")
     parser.add_argument("--keep", "-d", action="store_true", help="do not empty the overlay afterwards")
+    parser.add_argument(
+        "--unsafe", action="store_true",
+        help="commit although the overlay has snapshots, which change where they read through the base",
+    )  # fmt: skip
     progress.add_arguments(parser)
     key_options.add_group(parser)
 
@@ -33,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from qcowfs.overlay.commit import Committing, commit
 
     options = OpenOptions(keys=key_options.make_keys(args), data_file=args.data_file)
-    wanted = Committing(args.base, args.keep)
+    wanted = Committing(args.base, args.keep, args.unsafe)
     with progress.shown(args.progress, "committing") as report:
         written = trio.run(commit, args.image, options, wanted, report)
     print(f"{written} bytes were committed")

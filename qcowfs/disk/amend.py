@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qcowfs.check.checker import Inspection, inspect
-from qcowfs.check.mend import forget_zeros
+from qcowfs.check.expand import expand_zeros, forget_zeros
 from qcowfs.check.opening import opened
 from qcowfs.check.passes import Passes, Tell
 from qcowfs.check.recount import Recount, change_width
@@ -31,7 +31,7 @@ from qcowfs.format.header import (
 from qcowfs.host.hostfile import HostFile
 from qcowfs.metadata.header_store import store_header
 
-_MOST_PASSES = 7
+_MOST_PASSES = 11
 """Walks over all tables that the changes may take."""
 
 
@@ -165,12 +165,15 @@ async def _set_width(file: HostFile, order: int, passes: Passes) -> None:
 
 
 async def _downgrade(file: HostFile, passes: Passes) -> None:
-    """To version 2: zero clusters become unallocated, then the header loses what is new in version 3."""
+    """To version 2: zero clusters become unallocated, or data over a backing file; then the header."""
     found = await inspect(file, passes=passes)
-    header = found.subject.header
-    await forget_zeros(file, found, may_forget=header.backing_name is None)
+    if found.subject.header.backing_name is None:
+        await forget_zeros(file, found)
+    else:
+        await expand_zeros(file, found, passes)
     found = await inspect(file, passes=passes)
     await Recount(found.subject, may_raise=False, may_free=True).write(file)
+    header = found.subject.header  # the refcount table may have moved
     kept = tuple(e for e in header.extensions if e.kind != ext.FEATURE_NAMES)
     old = replace(
         header, version=2, header_length=V2_LENGTH, compatible=0, autoclear=0, extra=b"", extensions=kept

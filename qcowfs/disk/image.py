@@ -70,7 +70,7 @@ class OpenOptions:
     damage read as zeros. `force_share` reads beside a writer. `table_cache` bounds the metadata tables
     in memory over the whole chain, `inflated_cache` the inflated clusters. A `writable` image takes
     the locks of a writer; what lies below it is only read. `detect_zeroes` tells what becomes of writes
-    of zeros, `keys` are those of encrypted images.
+    of zeros, `keys` are those of encrypted images. `is_below` is for what an overlay stands on.
     """
 
     backing: BackingPolicy = field(default_factory=BackingPolicy)
@@ -84,6 +84,7 @@ class OpenOptions:
     detect_zeroes: DetectZeroes = DetectZeroes.OFF
     open_writable: OpenHost = open_for_writing
     keys: Keys = field(default_factory=Keys)
+    is_below: bool = False
 
 
 @dataclass
@@ -133,7 +134,7 @@ class Image:
             from qcowfs.disk.live import make_writer
 
             try:
-                image.writer = await make_writer(image.parts())
+                image.writer = await make_writer(image.parts(), at_open=True)
             except BaseException:
                 image.close()
                 raise
@@ -275,9 +276,12 @@ class Image:
         if path is None and self.header.has_data_file:
             name = self.header.extension(DATA_FILE_NAME)
             named = "" if name is None else f" (its header names {quoted(name)})"
+            told = f"{self.label}: keeps its data in an external data file{named}, which "
+            if top and not options.is_below:
+                raise UnsupportedFeature(f"{told}is opened only where you name it: --data-file PATH")
             raise UnsupportedFeature(
-                f"{self.label}: keeps its data in an external data file{named}, which is opened only "
-                "where you name it: --data-file PATH"
+                f"{told}nothing below an overlay can have; make one file of it first: "
+                "qcowfs convert --data-file PATH"
             )
         if path is None:
             return

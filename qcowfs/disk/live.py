@@ -234,8 +234,8 @@ class DiskWriter:
         return CorruptImage(text)
 
 
-async def make_writer(parts: Parts) -> DiskWriter:
-    """The writing side of an image that was opened for it.
+async def make_writer(parts: Parts, *, at_open: bool = False) -> DiskWriter:
+    """The writing side of an image that was opened for it; `at_open` its file is looked at as well.
 
     Raises `CorruptImage` where its state does not permit writing.
     """
@@ -245,6 +245,8 @@ async def make_writer(parts: Parts) -> DiskWriter:
     blocks = TableCache(parts.file, geometry, parts.slices, Words(1 << header.refcount_order))
     refcounts = Refcounts(header, blocks, metadata)
     await refcounts.load(parts.file)
+    if at_open:
+        await _refuse_cut(parts, refcounts)
     await _protect(parts, metadata, refcounts)
     caches = (blocks, parts.l2_tables, parts.l1_tables)
     flusher = Flusher(parts.file, parts.data_file, refcounts, caches, parts.epochs)
@@ -276,6 +278,26 @@ def _refuse_states(parts: Parts) -> None:
     if parts.header.dirty:
         raise CorruptImage(
             f"{parts.label}: is marked dirty (not closed cleanly), its refcounts may be wrong; {how}"
+        )
+
+
+async def _refuse_cut(parts: Parts, refcounts: Refcounts) -> None:
+    """Refuse a file whose end is gone: growing, it would give other bytes where reads have failed.
+
+    Counts beyond its end are a hint, which a crash may leave as well; then all entries are looked at.
+    """
+    end = parts.header.geometry.cluster_round_up(parts.file.facts().size) >> parts.header.cluster_bits
+    if not await refcounts.counts_any_from(parts.file, end):
+        return
+    from qcowfs.check.checker import inspect
+    from qcowfs.check.subject import NOBODY
+
+    subject = (await inspect(parts.file)).subject
+    if subject.first_gone != NOBODY:
+        raise CorruptImage(
+            f"{parts.label}: the end of its file is gone, so nothing may be written: what was lost would "
+            f"read as other bytes ({subject.who_is_gone}); put the end back, give up what is lost with "
+            "qcowfs check --repair all --drop-lost --data, or open it read-only"
         )
 
 

@@ -86,6 +86,23 @@ class Refcounts:
         words, index, _ = await self._load(cluster)
         return words[index]
 
+    async def counts_any_from(self, file: HostFile, cluster: int) -> bool:
+        """Whether a cluster from about that one on seems to have a count, past all caches.
+
+        The seven clusters below it may be taken for it where counts are narrow.
+        """
+        first, within = divmod(cluster, self._block_entries)
+        skipped = within * self._words.bits // 8
+        blocks = dict.fromkeys(entry & REFCOUNT_TABLE_OFFSET_MASK for entry in self._table[first:])
+        for block in filter(None, blocks):
+            if block >= file.facts().size:
+                return True
+            counts = bytearray(self._cluster_size)
+            await file.read_into([(block, memoryview(counts))])
+            if any(counts[skipped if block == self._block_of(cluster) else 0 :]):
+                return True
+        return False
+
     async def change(self, cluster: int, by: int) -> None:
         """Add `by` to a count; raises `UsageError` where the width cannot hold it, `CorruptImage` below 0."""
         if not self._block_of(cluster):

@@ -31,19 +31,20 @@ class Committing:
     """What is committed where: to `base` of the chain, by default the overlay's backing file.
 
     `keep` leaves the overlay as it is, and so does a `base`, since images between would read wrongly
-    through it.
+    through it. `unsafe` commits although there are snapshots, which read through the base as well.
     """
 
     base: Path | None = None
     keep: bool = False
+    unsafe: bool = False
 
 
 async def commit(path: Path, options: OpenOptions, wanted: Committing, report: Report | None = None) -> int:
     """Write what the overlay at `path` holds, and all above the base, to the base; then empty the overlay.
 
     Returns the bytes that were written; `report` hears how far it is. Raises `UsageError` where there is no
-    such base or it is too small, `ImageInUse` where somebody has one of the files open, `BadPassphrase`
-    before anything is written, `CorruptImage` for damage.
+    such base, it is too small, or snapshots lie above it, `ImageInUse` where somebody has one of the files
+    open, `BadPassphrase` before anything is written, `CorruptImage` for damage.
     """
     with _opened(path, replace(options, writable=True)) as file:
         header = (await inspect_sound(file)).subject.header
@@ -52,7 +53,7 @@ async def commit(path: Path, options: OpenOptions, wanted: Committing, report: R
         image = await Image.open(path, replace(options, writable=False, force_share=True))
         try:
             options.keys.check_use()
-            written = await _commit(image, options, wanted.base, report)
+            written = await _commit(image, options, wanted, report)
         finally:
             image.close()
         if not wanted.keep and wanted.base is None:
@@ -73,9 +74,11 @@ def _opened(path: Path, options: OpenOptions) -> Iterator[HostFile]:
         file.close()
 
 
-async def _commit(image: Image, options: OpenOptions, base: Path | None, report: Report | None) -> int:
+async def _commit(image: Image, options: OpenOptions, wanted: Committing, report: Report | None) -> int:
     """Write to the base while nobody changes what lies between."""
-    layers = _layers_above(image, base)
+    layers = _layers_above(image, wanted.base)
+    if not wanted.unsafe:
+        _refuse_snapshots(layers)
     with ExitStack() as stack:
         for layer in layers[1:]:
             await inspect_sound(stack.enter_context(_opened(Path(layer.file.name), options)))
@@ -89,6 +92,15 @@ async def _commit(image: Image, options: OpenOptions, base: Path | None, report:
         finally:
             target.close()
     return written
+
+
+def _refuse_snapshots(layers: list[Image]) -> None:
+    for layer in layers:
+        if layer.snapshots:
+            raise UsageError(
+                f"{layer.label}: has snapshots, which read through its backing file and would change; "
+                "delete them first, or commit all the same with --unsafe"
+            )
 
 
 def _layers_above(image: Image, base: Path | None) -> list[Image]:

@@ -64,8 +64,10 @@ async def open_reader(reference: BackingReference, options: OpenOptions) -> Imag
     """What the reference names, for reading; raises as opening an image does."""
     path = reference.locate(options.backing)
     if reference.format == "qcow2":
-        backing, keys = options.backing, options.keys
-        return await Image.open(path, OpenOptions(backing=backing, open_host=options.open_host, keys=keys))
+        below = OpenOptions(
+            backing=options.backing, open_host=options.open_host, keys=options.keys, is_below=True
+        )  # fmt: skip
+        return await Image.open(path, below)
     file = reference.open(path, options.open_host)
     _lock(file, locks.READER)
     options.keys.note(file.name, encrypted=False)
@@ -76,7 +78,8 @@ async def open_target(reference: BackingReference, options: OpenOptions) -> Targ
     """What the reference names, for writing; raises as opening an image does."""
     path = reference.locate(options.backing)
     if reference.format == "qcow2":
-        return ImageTarget(await Image.open(path, replace(options, writable=True, data_file=None)))
+        below = replace(options, writable=True, data_file=None, is_below=True)
+        return ImageTarget(await Image.open(path, below))
     file = reference.open(path, options.open_writable)
     _lock(file, locks.WRITER)
     return RawTarget(file)

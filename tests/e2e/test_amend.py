@@ -16,6 +16,7 @@ from tests.e2e.kinds import (
     discarded,
     over_qcow2,
     over_raw,
+    over_short,
     plain,
     preallocated,
     zeroed,
@@ -36,6 +37,7 @@ from tests.e2e.tools import (
     qemu_info,
     qemu_io,
     raw_file,
+    run,
     snapshot_table_at,
 )
 
@@ -152,13 +154,41 @@ def test_what_cannot_be_is_refused_and_nothing_is_changed(
     assert image.read_bytes() == before
 
 
-def test_zero_clusters_over_a_backing_file_cannot_become_version_2(tmp_path: Path) -> None:
-    image = over_raw(tmp_path, V3).image
-    qemu_io(image, "write -q -z -u 0 128k")
-    before = as_raw(image, tmp_path / "before")
+@pytest.mark.parametrize("form", [V3, SMALL_V3], ids=str)
+@pytest.mark.parametrize("kind", [over_raw, over_qcow2, over_short])
+def test_zero_clusters_over_a_backing_file_become_data(
+    kind: Callable[[Path, Form], Made], form: Form, tmp_path: Path
+) -> None:
+    image = kind(tmp_path, form).image
+    qemu_io(image, "write -q -z -u 0 128k", "write -q 256k 64k", "write -q -z 256k 64k")
+    qemu_img("snapshot", "-c", "one", image)
+    qemu_io(image, "write -q -z -u 768k 192k", "write -q -P 7 0 4k")
+    qemu_img("snapshot", "-c", "two", image)
+    qemu_io(image, "write -q -z -u 600k 300k")
+    other = Path(shutil.copy(image, tmp_path / "other.qcow2"))
+    names: list[tuple[str, ...]] = [(), ("one",), ("two",)]
+    before = [as_raw(image, tmp_path / "-".join(["before", *name]), *name) for name in names]
+    assert main(["amend", "-o", "compat=0.10", str(image)]) == 0
+    qemu_img("amend", "-o", "compat=0.10", other)
+    assert shown(image) == shown(other)
+    qemu_img("check", image)  # which finds wrong COPIED flags in what QEMU has made
+    for path in (image, other):
+        for name, content in zip(names, before, strict=True):
+            assert_same(as_raw(path, tmp_path / "after", *name), content)
+    qemu_io(image, *edits(form.size, "then", 4))
+    qemu_img("check", image)
+
+
+def test_encrypted_zero_clusters_over_a_backing_file_stay(tmp_path: Path) -> None:
+    base = raw_file(tmp_path / "base", MIB, 1)
+    secret = ("--object", "secret,id=key,data=word")
+    options = "encrypt.format=aes,encrypt.key-secret=key"
+    image = tmp_path / "image"
+    qemu_img("create", *secret, "-f", "qcow2", "-o", options, "-b", base, "-F", "raw", image)
+    opened = ("--image-opts", f"driver=qcow2,file.filename={image},encrypt.key-secret=key")
+    run("qemu-io", *secret, "-c", "write -q -z -u 0 128k", *opened)
     result = qcowfs("amend", "-o", "compat=v2", image)
-    assert (result.returncode, "zero clusters over a backing file" in result.stderr) == (2, True)
-    assert_same(as_raw(image, tmp_path / "after"), before)
+    assert (result.returncode, "is encrypted: convert it instead" in result.stderr) == (2, True)
 
 
 def test_counts_that_are_too_large_keep_their_width(tmp_path: Path) -> None:

@@ -256,14 +256,53 @@ def test_a_commit_leaves_snapshots_and_what_lies_beyond_a_short_overlay(tmp_path
     qemu_io(image, *edits(form.size, "first", 4))
     qemu_img("snapshot", "-c", "one", image)
     qemu_io(image, "write -q -P 7 0 1M")
-    assert main(["commit", "--keep", str(image)]) == 0
+    assert main(["commit", "--unsafe", "--keep", str(image)]) == 0
     assert allocated_clusters(image) > 0
-    assert main(["commit", str(image)]) == 0
+    assert main(["commit", "--unsafe", str(image)]) == 0
     qemu_img("check", image)
     assert (tmp_path / "base.raw").read_bytes()[:MIB] == b"\7" * MIB
     assert (tmp_path / "base.raw").read_bytes()[form.size :] == tail
     assert allocated_clusters(image) == 0
     assert as_raw(image, tmp_path / "one.raw", "one").stat().st_size == form.size
+
+
+def test_a_commit_that_would_change_snapshots_needs_consent(tmp_path: Path) -> None:
+    """`qemu-img` changes them without a word."""
+    image = overlay(over_qcow2, FORMS[0], tmp_path)
+    base = tmp_path / "base.qcow2"
+    qemu_img("snapshot", "-c", "one", image)
+    qemu_io(image, "write -q -P 7 0 1M")
+    qemu_img("snapshot", "-c", "below", base)
+    before = image.read_bytes(), base.read_bytes()
+    result = qcowfs("commit", image)
+    assert (result.returncode, "image.qcow2: has snapshots, which read through" in result.stderr) == (2, True)
+    assert (image.read_bytes(), base.read_bytes()) == before
+    below = as_raw(base, tmp_path / "below.raw", "below")
+    live = as_raw(image, tmp_path / "live.raw")
+    assert main(["commit", "--unsafe", str(image)]) == 0
+    assert_same(as_raw(base, tmp_path / "below-after.raw", "below"), below)
+    assert_same(as_raw(image, tmp_path / "live-after.raw"), live)
+    assert_same(as_raw(base, tmp_path / "base.raw"), live)
+
+
+def test_snapshots_of_an_image_between_need_consent_too(tmp_path: Path) -> None:
+    image = over_three(tmp_path, FORMS[0]).image
+    qemu_img("snapshot", "-c", "one", tmp_path / "middle.qcow2")
+    assert main(["commit", "--keep", str(image)]) == 0
+    result = qcowfs("commit", "-b", tmp_path / "lower.qcow2", image)
+    assert result.returncode == 2
+    assert "middle.qcow2 (backing file of " in result.stderr
+    assert "): has snapshots, which read through" in result.stderr
+
+
+def test_a_data_file_below_an_overlay_is_not_asked_for(tmp_path: Path) -> None:
+    base = create(tmp_path / "base.qcow2", MIB, data_file=tmp_path / "base.data")
+    image = create(tmp_path / "image.qcow2", MIB, "-b", base.name, "-F", "qcow2")
+    other = create(tmp_path / "other.qcow2", MIB)
+    for words in (("commit", image), ("rebase", "-b", base, "-F", "qcow2", other)):
+        result = qcowfs(*words)
+        assert result.returncode == 3
+        assert 'base.data"), which nothing below an overlay can have; make one file of it' in result.stderr
 
 
 def test_a_damaged_overlay_is_not_committed(tmp_path: Path) -> None:
