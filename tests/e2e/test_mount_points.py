@@ -111,7 +111,7 @@ def test_an_absent_image_is_refused(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--mode", "999"], "argument --mode: '999' is no octal mode between 000 and 777"),
-        (["--table-cache", "much"], "argument --table-cache: 'much' is no size such as 4096, 32M or 1GiB"),
+        (["--table-cache", "much"], "argument --table-cache: 'much' is no size such as 4096, 1.5G or 20GiB"),
         (["--sideways"], "unrecognized arguments: --sideways"),
         (["-o", "ro,sideways"], "unrecognized arguments: --sideways"),
         (["-o", "ro,mode=8"], "argument --mode: '8' is no octal mode between 000 and 777"),

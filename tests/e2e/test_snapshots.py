@@ -175,7 +175,7 @@ def test_extended_attributes_tell_id_and_name_of_snapshots_only(tmp_path: Path) 
     with mounted(image) as mount:
         assert os.listxattr(mount.snapshot("only")) == ["user.qcowfs.id", "user.qcowfs.name"]
         assert os.listxattr(mount.disk) == os.listxattr(mount.snapshots) == []
-        assert os.getxattr(mount.folder, "user.qcowfs.disk.image") == os.fsencode(image)
+        assert os.getxattr(mount.folder, "user.qcowfs.image") == os.fsencode(image)
         assert os.getxattr(mount.folder, "user.qcowfs.pid") == b"%d" % mount.process.pid
         with pytest.raises(OSError, match="No data available") as caught:
             os.getxattr(mount.disk, "user.qcowfs.id")
