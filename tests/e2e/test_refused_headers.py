@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from tests.e2e.mounts import is_mounted, mounted
 from tests.e2e.tools import (
     KIB,
+    MEASURED,
     MIB,
     QCOWFS,
     attempt,
@@ -26,13 +26,6 @@ from tests.e2e.tools import (
 
 MOST_MEMORY = 96 * KIB
 """In KiB, as the kernel counts; an interpreter with everything loaded takes half of it."""
-
-MEASURED = """
-import resource, subprocess, sys
-code = subprocess.call(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-sys.exit(code)
-"""
 
 
 @dataclass(frozen=True)
@@ -141,7 +134,7 @@ def refused_with(image: Path, folder: Path) -> tuple[int, str]:
     """Exit code and message of a mount that must fail, and must do so without much memory."""
     folder.mkdir()
     words = (*QCOWFS, "mount", "--foreground", image, folder)
-    result = attempt(sys.executable, "-c", MEASURED, *words)
+    result = attempt(*MEASURED, *words)
     assert not is_mounted(folder)
     assert int(result.stdout) < MOST_MEMORY
     return result.returncode, result.stderr

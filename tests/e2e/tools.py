@@ -16,6 +16,14 @@ Word = str | Path
 Result = subprocess.CompletedProcess[str]
 
 QCOWFS = (sys.executable, "-m", "qcowfs")
+_MEASURED = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+MEASURED = (sys.executable, "-c", _MEASURED)
+"""Runs a command and prints its peak memory in KiB; that of a child of this process may be this process's."""
 TIMEOUT = 60
 SECTOR = 512
 KIB, MIB = 1 << 10, 1 << 20
