@@ -232,3 +232,9 @@ def test_importing_is_light(name: str) -> None:
     loaded = set(result.stdout.split())
     assert name in loaded
     assert loaded & {"pyfuse3", "numpy", "trio"} == set()
+
+
+def test_a_mount_starts_without_numpy() -> None:
+    code = "import sys, qcowfs.daemon.session; print('numpy' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout == "False\n"

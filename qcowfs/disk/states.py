@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -16,10 +17,12 @@ from qcowfs.disk.image import Image, read_header
 from qcowfs.disk.live import DiskWriter
 from qcowfs.errors import CorruptImage, ReadOnlyError, UnsupportedFeature, UsageError
 from qcowfs.format.snapshot_table import Snapshot
-from qcowfs.metadata import snapshotting
-from qcowfs.metadata.draft import Draft
-from qcowfs.metadata.snapshotting import Plan
 from qcowfs.text import quoted
+
+# What lays out a state computes with numpy: it is imported where it is needed, so that a mount starts sooner.
+if TYPE_CHECKING:
+    from qcowfs.metadata.draft import Draft
+    from qcowfs.metadata.snapshotting import Plan
 
 
 async def create_snapshot(image: Image, name: bytes) -> Snapshot:
@@ -28,6 +31,8 @@ async def create_snapshot(image: Image, name: bytes) -> Snapshot:
     Raises, as all functions here: `ReadOnlyError`, `UnsupportedFeature` and `UsageError` where it cannot
     be done, `CorruptImage` for damage in the way, `OSError` as the host does; then nothing has changed.
     """
+    from qcowfs.metadata import snapshotting
+
     async with _writer(image).turn:
         await _change(image, snapshotting.create(name))
         return image.snapshots[-1]
@@ -35,6 +40,8 @@ async def create_snapshot(image: Image, name: bytes) -> Snapshot:
 
 async def delete_snapshot(image: Image, snapshot: Snapshot) -> None:
     """Drop a snapshot; what only it held is free, and later reads of its views fail."""
+    from qcowfs.metadata import snapshotting
+
     async with _writer(image).turn:
         _find(image, snapshot)
         await _change(image, snapshotting.delete(snapshot))
@@ -42,6 +49,8 @@ async def delete_snapshot(image: Image, snapshot: Snapshot) -> None:
 
 async def rename_snapshot(image: Image, snapshot: Snapshot, name: bytes) -> Snapshot:
     """Give a snapshot another name; the record that it has now."""
+    from qcowfs.metadata import snapshotting
+
     async with _writer(image).turn:
         position = _find(image, snapshot)
         await _change(image, snapshotting.rename(snapshot, name))
@@ -50,6 +59,8 @@ async def rename_snapshot(image: Image, snapshot: Snapshot, name: bytes) -> Snap
 
 async def revert(image: Image, snapshot: Snapshot) -> None:
     """Set the live disk to a snapshot's content and size; what was written since is lost."""
+    from qcowfs.metadata import snapshotting
+
     async with _writer(image).turn:
         _find(image, snapshot)
         await _change(image, snapshotting.revert(snapshot))
@@ -61,6 +72,8 @@ async def resize(image: Image, size: int, *, shrink: bool = False) -> None:
 
     A smaller size needs `shrink`.
     """
+    from qcowfs.metadata import snapshotting
+
     async with _writer(image).turn:
         old = image.active.size
         if size < old and not shrink:
@@ -86,6 +99,8 @@ def _writer(image: Image) -> DiskWriter:
 
 
 async def _change(image: Image, plan: Plan) -> None:
+    from qcowfs.metadata.draft import Draft
+
     writer = _writer(image)
     async with writer.alone() as protected:
         image.header = await read_header(image.file, image.label)  # the refcount table may have moved
