@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,16 @@ import pytest
 
 from tests.e2e.mounts import loop_devices, mount_points
 from tests.e2e.tools import attempt
+
+
+@pytest.fixture(scope="session", autouse=True)
+def modules_are_compiled_once() -> Iterator[None]:
+    """Commands start as they do where qcowfs is installed; other users, too, find what root compiled."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        Path(folder).chmod(0o755)
+        patch.setenv("PYTHONPYCACHEPREFIX", folder)
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
