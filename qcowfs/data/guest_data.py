@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import trio
+
 from qcowfs.data.sector_locks import SectorLocks
 from qcowfs.errors import CorruptImage
 from qcowfs.geometry import (
@@ -128,6 +130,8 @@ class EncryptedData:
         self._cipher = cipher
         self._by_guest = by_guest
         self._locks = SectorLocks()
+        self._limiter = trio.CapacityLimiter(1)
+        """One thread at a time: two would only take the interpreter from each other at every step."""
 
     def facts(self) -> FileFacts:
         """Size, time and identity of the file as of now."""
@@ -176,7 +180,7 @@ class EncryptedData:
 
     async def _decrypt_all(self, requests: Sequence[DataRead]) -> None:
         if sum(len(buffer) for _, _, buffer in requests) > INLINE_BYTES:
-            await run_in_thread(self._decrypt, requests)
+            await run_in_thread(self._decrypt, requests, limiter=self._limiter)
         else:
             self._decrypt(requests)
 
@@ -224,7 +228,7 @@ class EncryptedData:
             data = await self._surrounded(guest, start, length, host - start, data)
         number = self._number(guest, start)
         if length > INLINE_BYTES:
-            ciphertext = await run_in_thread(self._cipher.encrypt, data, number)
+            ciphertext = await run_in_thread(self._cipher.encrypt, data, number, limiter=self._limiter)
         else:
             ciphertext = self._cipher.encrypt(data, number)
         await self._file.write_from([(start, ciphertext)])

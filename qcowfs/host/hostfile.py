@@ -377,9 +377,11 @@ class OsHostFile:
             self._fd = -1
 
 
-async def run_in_thread(function: Callable[..., T], *args: object) -> T:
-    """Run a blocking or long-computing function in a worker thread."""
-    return await trio.to_thread.run_sync(function, *args)
+async def run_in_thread(
+    function: Callable[..., T], *args: object, limiter: trio.CapacityLimiter | None = None
+) -> T:
+    """Run a blocking or long-computing function in a worker thread, as soon as the limiter has one free."""
+    return await trio.to_thread.run_sync(function, *args, limiter=limiter)
 
 
 def run_in_loop(function: Callable[..., Awaitable[T]], *args: object) -> T:
