@@ -20,8 +20,9 @@ from tests.test_layers import LAYERS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 UNIT = ROOT / "systemd" / "qcowfs@.service"
-DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 COMMAND = re.compile(rf"\bqcowfs ({'|'.join(COMMANDS)})\b([^`\n#]*)")
 MOUNT_WORDS = re.compile(r"-o ([a-z_]+[a-z_,=0-9]*)|fuse\.qcowfs (\S+) 0 0")
@@ -57,7 +58,7 @@ def spans(cell: str) -> list[str]:
 
 
 def test_the_table_of_options_lists_exactly_those_of_mount() -> None:
-    listed = [option for row in table(README, "## Options") for option in OPTION.findall(row[0])]
+    listed = [option for row in table(DOCS / "mounting.md", "## Options") for option in OPTION.findall(row[0])]
     assert sorted(listed) == sorted(options_of("mount"))
 
 
@@ -77,7 +78,8 @@ def test_every_option_named_in_passing_exists(document: Path) -> None:
 
 
 def test_every_word_for_mount_exists() -> None:
-    found = [short or line for short, line in MOUNT_WORDS.findall(README.read_text())]
+    pages = README.read_text() + (DOCS / "mounting.md").read_text()
+    found = [short or line for short, line in MOUNT_WORDS.findall(pages)]
     words = [word for line in found for word in line.split(",")]
     ours = ",".join(word for word in words if word.partition("=")[0] not in OF_MOUNT_ALONE)
     assert "allow_other" in ours
@@ -85,20 +87,25 @@ def test_every_word_for_mount_exists() -> None:
 
 
 def test_the_table_of_exit_codes_is_the_programs() -> None:
-    listed = [int(row[0]) for row in table(README, "## Exit codes")]
+    listed = [int(row[0]) for row in table(DOCS / "commands.md", "## Exit codes")]
     codes = {exits.EXIT_OK, exits.EXIT_HOST, *exits.EXIT_CODES.values(), exits.EXIT_INTERRUPTED}
     assert listed == sorted(codes)
 
 
 def test_the_table_of_the_checks_codes_is_the_commands() -> None:
-    listed = [int(row[0]) for row in table(README, "## Check")]
+    listed = [int(row[0]) for row in table(DOCS / "commands.md", "## Check")]
     assert listed == [check.CLEAN, check.NOT_COMPLETED, check.DAMAGED, check.LEAKING, check.UNSUPPORTED]
 
 
-def test_every_test_file_that_proves_something_exists() -> None:
-    named = TEST_FILE.findall(README.read_text())
-    assert named
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_test_file_that_a_document_names_exists(document: Path) -> None:
+    named = TEST_FILE.findall(document.read_text())
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_every_promise_names_what_proves_it() -> None:
+    for document, heading in ((README, "## Evidence"), (DOCS / "evidence.md", "# Evidence")):
+        assert [row[0] for row in table(document, heading) if not TEST_FILE.search(row[1])] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -108,14 +115,14 @@ def test_every_link_leads_to_a_file(document: Path) -> None:
 
 
 def test_snapshots_get_the_file_names_that_the_rule_shows() -> None:
-    page = ROOT / "docs" / "snapshot-names.md"
+    page = DOCS / "snapshot-names.md"
     rows = [["".join(spans(cell)) for cell in row] for row in table(page, "# The file name of a snapshot")]
     snapshots = [Snapshot(0, 0, id_.encode(), name.encode(), 0, 0, 0, 0) for id_, name, _ in rows]
     assert file_names(snapshots) == [file for _, _, file in rows]
 
 
 def test_the_design_shows_the_layers_that_are_enforced() -> None:
-    rows = [spans(row[0]) for row in table(ROOT / "docs" / "design.md", "## Layers")]
+    rows = [spans(row[0]) for row in table(DOCS / "design.md", "## Layers")]
     shown = [place for row in rows for place in row]
     package = ROOT / "qcowfs"
     there = {p for p in LAYERS if (package / p).is_dir() or (package / f"{p}.py").is_file()} - {"__main__"}
