@@ -58,7 +58,8 @@ def spans(cell: str) -> list[str]:
 
 
 def test_the_table_of_options_lists_exactly_those_of_mount() -> None:
-    listed = [option for row in table(DOCS / "mounting.md", "## Options") for option in OPTION.findall(row[0])]
+    rows = table(DOCS / "mounting.md", "## Options")
+    listed = [option for row in rows for option in OPTION.findall(row[0])]
     assert sorted(listed) == sorted(options_of("mount"))
 
 

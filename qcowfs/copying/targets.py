@@ -21,9 +21,8 @@ from qcowfs.host.hostfile import OsHostFile
 SPARSE_UNIT = 4096
 """Zeros of this length and alignment become holes in a raw file."""
 _CLONE_ALIGNMENT = 4096
-_MOST_COPIED = 4 << 20
 _MOST_READ = 1 << 20
-"""Bytes of a piece: enough for long copies by the host, and few enough to be shared out and to stay near."""
+"""Bytes of a piece: enough for a long write, and few enough to stay in the processor's cache until then."""
 
 Encrypt = Callable[[HostOffset, memoryview], memoryview]
 """Whole clusters as they lie encrypted at a host offset."""
@@ -98,19 +97,37 @@ def _plain(piece: Piece, span: Span) -> tuple[OsHostFile | None, HostOffset]:
     return (span.file, span.host or 0) if piece.is_plain(span) else (None, 0)
 
 
-class _Cloner:
-    """Lets the target share blocks with the source where the host can; asks no more after a refusal."""
+class _HostCopies:
+    """Copies that the host makes for the target where it has a quicker way; asks no more after a refusal.
 
-    def __init__(self, file: OsHostFile, *, works: bool = True) -> None:
+    Either it lets both files share blocks, or the file system may lie elsewhere, so that bytes need not come
+    by here. Else it is slower than two threads of which one reads while the other writes.
+    """
+
+    def __init__(self, file: OsHostFile, *, wanted: bool = True) -> None:
         self._file = file
-        self.works = works
+        self._shares = wanted
+        self._copies = wanted and file.lies_elsewhere
 
-    def clone(self, source: OsHostFile | None, start: HostOffset, length: int, place: HostOffset) -> bool:
-        """Whether the range is there now. For worker threads."""
-        if not self.works or source is None or (start | length | place) % _CLONE_ALIGNMENT:
+    @property
+    def possible(self) -> bool:
+        """Whether it is worth asking."""
+        return self._shares or self._copies
+
+    def share(self, source: OsHostFile | None, start: HostOffset, length: int, place: HostOffset) -> bool:
+        """Whether the target shares the range now. For worker threads."""
+        if not self._shares or source is None or (start | length | place) % _CLONE_ALIGNMENT:
             return False
-        self.works = self._file.clone_here(source, start, length, place)
-        return self.works
+        self._shares = self._file.clone_here(source, start, length, place)
+        return self._shares
+
+    def copy(self, source: OsHostFile, start: HostOffset, length: int, place: HostOffset) -> int:
+        """How many bytes of the range are there now. For worker threads."""
+        if self.share(source, start, length, place):
+            return length
+        done = self._file.copy_here(source, start, length, place) if self._copies else 0
+        self._copies = self._copies and done > 0
+        return done
 
 
 class RawTarget:
@@ -124,11 +141,11 @@ class RawTarget:
         """A new file for a disk of `size` bytes."""
         self._file = file
         self._size = size
-        self._cloner = _Cloner(file)
+        self._host = _HostCopies(file)
 
     def take(self, piece: Piece, buffer: memoryview, source: Source) -> None:
         """Copy a piece; pieces may come in any order."""
-        if all(self._cloner.clone(s.file, s.host or 0, s.length, s.guest) for s in piece.spans):
+        if all(self._host.share(s.file, s.host or 0, s.length, s.guest) for s in piece.spans):
             return
         for run in _runs(piece, buffer, self.unit, source):
             self._file.write_here(run.guest, [run.data[: self._size - run.guest]])
@@ -170,21 +187,21 @@ class ImageTarget:
         """A new file for the image, and one for its data if it has one."""
         form = image.form
         self.unit = form.cluster_size
-        self._by_host = encrypt is None and form.backing_file is None
-        self.most = max(_MOST_COPIED if self._by_host else _MOST_READ, self.unit)
+        self.most = max(_MOST_READ, self.unit)
         self._file = file
         self._data_file = data_file or file
         self._image = image
         self._preallocation = form.preallocation
         self.everything = form.preallocation != "off"
-        self._cloner = _Cloner(self._data_file, works=encrypt is None)
+        self._host = _HostCopies(self._data_file, wanted=encrypt is None and form.backing_file is None)
         self._encrypt = encrypt
         self._turns = turns
 
     def take(self, piece: Piece, buffer: memoryview, source: Source) -> None:
         """Copy a piece; every piece has to come, for each gets its place after the ones before."""
-        written = (_runs_to_copy if self._by_host else _runs)(piece, buffer, self.unit, source)
-        placed = written if self._preallocation == "off" else _whole(piece, buffer, by_host=self._by_host)
+        by_host = self._host.possible
+        written = (_runs_to_copy if by_host else _runs)(piece, buffer, self.unit, source)
+        placed = written if self._preallocation == "off" else _whole(piece, buffer, by_host=by_host)
         with self._turns.turn(piece.number):
             places = [(host, run) for run in placed if (host := self._place(run)) is not None]
             tables = self._image.take_writes()
@@ -205,11 +222,8 @@ class ImageTarget:
         """Have the host copy a run; what it leaves over, and what was read anyway, is still to be written."""
         if run.file is None:
             return [(host, run.data)]
-        length = len(run.data)
-        if self._cloner.clone(run.file, run.host, length, host):
-            return []
-        done = self._data_file.copy_here(run.file, run.host, length, host)
-        if done == length:
+        done = self._host.copy(run.file, run.host, len(run.data), host)
+        if done == len(run.data):
             return []
         run.file.read_here(run.host + done, run.data[done:])
         return [(host + done, run.data[done:])]

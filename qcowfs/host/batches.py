@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 _MOST_PARTS = 1000
 """Buffers that one call may write; the host's limit is 1024."""
-_MOST_AT_ONCE = 1 << 19
+_MOST_AT_ONCE = 1 << 20
 """Bytes of one such call: of much larger ones the page cache makes folios that it has to search room for."""
 
 

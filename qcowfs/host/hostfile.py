@@ -305,6 +305,11 @@ class OsHostFile:
             raise
         self._last_sync = time.monotonic() - start
 
+    @property
+    def lies_elsewhere(self) -> bool:
+        """Whether its file system is on no device of this host, which then may copy without moving bytes."""
+        return os.major(os.fstat(self._fd).st_dev) == 0
+
     # -- for functions that run in a worker thread already
 
     def read_here(self, offset: int, buffer: memoryview) -> None:

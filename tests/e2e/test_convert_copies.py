@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,15 +51,32 @@ def short(*words: int) -> int:
 REAL = os.copy_file_range
 
 
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    """A file system that is on no device, as those of the network are."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    run("mount", "-t", "tmpfs", "tmpfs", folder)
+    yield folder
+    run("umount", folder)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("host", [REAL, refused, short])
 def test_a_copy_is_the_same_where_the_host_copies_all_some_or_nothing(
-    host: object, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    host: Callable[..., int], threads: int, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, target, other = tmp_path / "a.raw", tmp_path / "a.qcow2", tmp_path / "b.qcow2"
+    source, target, other = elsewhere / "a.raw", elsewhere / "a.qcow2", elsewhere / "b.qcow2"
     make_source(source)
-    monkeypatch.setattr(os, "copy_file_range", host)
+    asked: list[int] = []
+
+    def ask(*words: int) -> int:
+        asked.append(words[2])
+        return host(*words)
+
+    monkeypatch.setattr(os, "copy_file_range", ask)
     copy(source, target, threads)
+    assert asked
     run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", source, target)
     run("qemu-img", "check", target)
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", source, other)
