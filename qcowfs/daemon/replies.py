@@ -1,12 +1,14 @@
 """How an exception is answered: the one table from errors to errno.
 
-Owns that table and the decorator that applies it to every request handler. Must not know what a request does.
+Owns that table, the decorator that applies it to every request handler, and what is said of an answer that
+nobody waits for. Must not know what a request does.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -38,6 +40,25 @@ ERRNO_OF: dict[type[errors.QcowError], int] = {
     errors.BackingFileError: errno.EIO,
     errors.SnapshotGone: errno.ESTALE,
 }
+
+
+class _UnheardAnswers(logging.Filter):
+    """Keeps pyfuse3 from calling it an error that a request was given up before its answer.
+
+    The kernel says ENOENT of such an answer. It gives requests up when the mount goes, so a mount that is
+    taken away lazily, or right after a file was closed, now and then ends with one.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether pyfuse3's line is about anything else."""
+        text = record.getMessage()
+        unheard = "fuse_reply" in text and text.endswith(os.strerror(errno.ENOENT))
+        if unheard:
+            log.debug("nobody waits for an answer: %s", text)
+        return not unheard
+
+
+logging.getLogger("pyfuse3").addFilter(_UnheardAnswers())
 
 
 def errno_of(error: Exception) -> int:
