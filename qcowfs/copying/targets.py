@@ -21,8 +21,10 @@ from qcowfs.host.hostfile import OsHostFile
 SPARSE_UNIT = 4096
 """Zeros of this length and alignment become holes in a raw file."""
 _CLONE_ALIGNMENT = 4096
-_MOST_READ = 1 << 20
-"""Bytes of a piece: enough for a long write, and few enough to stay in the processor's cache until then."""
+_MOST_COPIED = 2 << 20
+"""Bytes of a piece: a huge page, since the host's page cache takes the longer the smaller its pages are."""
+_MOST_PACKED = 1 << 20
+"""Bytes of a piece that is compressed: more would let threads wait for each other at the end."""
 
 Encrypt = Callable[[HostOffset, memoryview], memoryview]
 """Whole clusters as they lie encrypted at a host offset."""
@@ -135,7 +137,7 @@ class RawTarget:
 
     unit = SPARSE_UNIT
     everything = False
-    most = 1 << 19  # what was read is still in the processor's cache when it is written
+    most = _MOST_COPIED
 
     def __init__(self, file: OsHostFile, size: int) -> None:
         """A new file for a disk of `size` bytes."""
@@ -187,7 +189,7 @@ class ImageTarget:
         """A new file for the image, and one for its data if it has one."""
         form = image.form
         self.unit = form.cluster_size
-        self.most = max(_MOST_READ, self.unit)
+        self.most = max(_MOST_COPIED, self.unit)
         self._file = file
         self._data_file = data_file or file
         self._image = image
@@ -277,7 +279,7 @@ class CompressedTarget:
     ) -> None:  # fmt: skip
         """A new file for the image."""
         self.unit = image.form.cluster_size
-        self.most = max(_MOST_READ, self.unit)
+        self.most = max(_MOST_PACKED, self.unit)
         self._file = file
         self._image = image
         self._compress = compress

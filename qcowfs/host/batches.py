@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 _MOST_PARTS = 1000
 """Buffers that one call may write; the host's limit is 1024."""
-_MOST_AT_ONCE = 1 << 20
-"""Bytes of one such call: of much larger ones the page cache makes folios that it has to search room for."""
+_MOST_AT_ONCE = 2 << 20
+"""Bytes of one such call: a huge page of the page cache, which takes the longer the smaller its pages are."""
 
 
 def batches(parts: Sequence[memoryview]) -> Iterator[list[memoryview]]:
