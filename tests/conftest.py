@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
+HELPERS = ("asserting", "builders", "e2e", "host_files", "luks_images", "shapes", "states")
+pytest.register_assert_rewrite(*(f"tests.{name}" for name in HELPERS))  # so they tell in full what they found
+
 settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=80)
 settings.register_profile("explore", deadline=None, max_examples=5000, print_blob=True)
 settings.load_profile("fixed")  # a run repeats exactly; --hypothesis-profile=explore looks further
