@@ -15,6 +15,7 @@ from tests.e2e.tools import (
     KIB,
     MIB,
     OFFSET_MASK,
+    TIMEOUT,
     create,
     l1_entry_at,
     l2_entry_at,
@@ -29,7 +30,6 @@ SIZE = MIB
 CLUSTER = 64 * KIB
 BAD = 2 * CLUSTER
 COPIED = 1 << 63
-SOON = 5
 INCOMPATIBLE, CORRUPT = 72, 2
 
 TABLES: dict[str, Callable[[Path], int]] = {
@@ -67,7 +67,7 @@ def write_error(mount: Mount, offset: int) -> str:
     command = ["dd", "if=/dev/zero", f"of={mount.disk}", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as writer:
         try:
-            return writer.communicate(timeout=SOON)[1]
+            return writer.communicate(timeout=TIMEOUT)[1]
         except subprocess.TimeoutExpired:
             mount.process.kill()
             return "no answer"

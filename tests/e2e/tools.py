@@ -24,7 +24,7 @@ sys.exit(code)
 """
 MEASURED = (sys.executable, "-c", _MEASURED)
 """Runs a command and prints its peak memory in KiB; that of a child of this process may be this process's."""
-TIMEOUT = 60
+TIMEOUT = 120
 SECTOR = 512
 KIB, MIB = 1 << 10, 1 << 20
 _CHUNK = 1 << 20
