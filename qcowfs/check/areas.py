@@ -110,7 +110,7 @@ def _is_sound(subject: Subject, snapshot: Snapshot) -> bool:
 
 
 async def claim_luks(subject: Subject) -> None:
-    """Claim the LUKS header and look at its first bytes."""
+    """Claim the LUKS header and hold it against the bounds that opening the image has."""
     pointer = subject.header.extension(ext.ENCRYPTION_HEADER)
     is_luks = subject.header.crypt_method == CRYPT_LUKS
     owner = "LUKS header"
@@ -122,7 +122,8 @@ async def claim_luks(subject: Subject) -> None:
     try:
         offset, length = unpack_pointer(pointer)
         if subject.claim(offset, length, LUKS, owner):
-            LuksHeader.unpack(await load_bytes(subject.file, offset, min(length, HEADER_SIZE)))
+            luks = LuksHeader.unpack(await load_bytes(subject.file, offset, min(length, HEADER_SIZE)))
+            luks.check(length)
     except CorruptImage as error:
         subject.hide(str(error), owner)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from qcowfs.check.arrays import I64, U64, Bool, Counts
 from qcowfs.check.findings import Cure, Kind
-from qcowfs.check.subject import AREAS, Subject
+from qcowfs.check.subject import AREAS, REFCOUNT_BLOCK, REFCOUNT_TABLE, Subject
 from qcowfs.format.entries import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from qcowfs.geometry import COMPRESSED_OFFSET_BITS, SECTOR_SIZE
 
@@ -203,7 +203,7 @@ class Entries:
         for area in np.unique(owners[owners != 0]).tolist():
             rule = f"the cluster overlaps {AREAS[area]}"
             hit = owners == area
-            yield Breach(Kind.LOST, rule, Cure.DROP, indices[hit & ~zero])
+            yield Breach(*judge_overlap(area, rule), indices[hit & ~zero])
             yield Breach(Kind.ERROR, rule, Cure.PLAIN_ZERO, indices[hit & zero])
 
     def flag_breaches(self, counts: Counts) -> Iterator[Breach]:
@@ -290,7 +290,14 @@ class Entries:
                     yield Breach(Kind.ERROR, rule, Cure.CLIP, found)
                 else:
                     rule = f"the compressed cluster overlaps {AREAS[area]}"
-                    yield Breach(Kind.LOST, rule, Cure.DROP, found)
+                    yield Breach(*judge_overlap(area, rule), found)
+
+
+def judge_overlap(area: int, rule: str) -> tuple[Kind, str, Cure]:
+    """What an overlap with an area means for the entry: nothing is lost where the area can be made anew."""
+    if area in (REFCOUNT_TABLE, REFCOUNT_BLOCK):
+        return Kind.ERROR, rule, Cure.MOVE_COUNTS
+    return Kind.LOST, rule, Cure.DROP
 
 
 def _any_of(words: U64, bits: np.uint64) -> Bool:

@@ -23,7 +23,10 @@ class Kind(Enum):
 
 
 class Cure(Enum):
-    """What mends a table entry; `DROP` gives up what is lost, the others lose nothing."""
+    """What mends a table entry; `DROP` gives up what is lost, the others lose nothing.
+
+    Refcounts can be had from the references, so what they lie on is never given up for them.
+    """
 
     CLEAR_RESERVED = "clear the reserved bits of"
     CLEAR_COPIED = "clear the COPIED flag of"
@@ -31,6 +34,7 @@ class Cure(Enum):
     CLEAR_BITMAP = "clear the needless subcluster bitmap of"
     PLAIN_ZERO = "take the impossible cluster from, which reads as zeros as before,"
     CLIP = "shorten the stored length of"
+    MOVE_COUNTS = "put the refcounts away from what is named by"
     DROP = "give up"
 
 

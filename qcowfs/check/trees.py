@@ -14,7 +14,7 @@ import numpy as np
 
 from qcowfs.check.areas import WHOLE
 from qcowfs.check.arrays import I64, U64, Bool, Counts, batches, load_tables, load_words
-from qcowfs.check.entries import Breach
+from qcowfs.check.entries import Breach, judge_overlap
 from qcowfs.check.findings import Cure, Finding, Kind
 from qcowfs.check.subject import AREAS, L1_TABLE, L2_TABLE, UNCLAIMED, Subject
 from qcowfs.format.entries import COPIED, OFFSET_MASK
@@ -127,7 +127,7 @@ class Trees:
         owners = self._subject.owners[clusters]
         for area in np.unique(owners[(owners != UNCLAIMED) & (owners != L2_TABLE)]).tolist():
             rule = f"the L2 table overlaps {AREAS[area]}"
-            yield Breach(Kind.LOST, rule, Cure.DROP, indices[owners == area])
+            yield Breach(*judge_overlap(area, rule), indices[owners == area])
 
     def flag_breaches(self, tree: Tree, words: U64) -> Iterator[Breach]:
         """Entries of the active L1 table whose COPIED flag contradicts the count of their table."""
@@ -155,7 +155,7 @@ class Trees:
         if not total:
             return
         report = self._subject.report
-        report.hidden |= breach.kind is Kind.LOST
+        report.hidden |= breach.kind is Kind.LOST or breach.cure is Cure.MOVE_COUNTS
         found = [
             self._finding(tree, breach, index, int(words[index]))
             for index in breach.indices[: report.room(breach.kind)].tolist()

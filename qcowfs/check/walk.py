@@ -11,7 +11,7 @@ import numpy as np
 
 from qcowfs.check.arrays import I64, Counts
 from qcowfs.check.entries import Breach, Entries
-from qcowfs.check.findings import Finding
+from qcowfs.check.findings import Cure, Finding
 from qcowfs.check.growth import note_gone
 from qcowfs.check.runs import take_runs
 from qcowfs.check.subject import Subject
@@ -57,6 +57,7 @@ def report(subject: Subject, batch: Batch, entries: Entries, breach: Breach) -> 
     ]
     subject.report.add_many(breach.kind, found, total)
     subject.report.cures[breach.cure] += total
+    subject.report.hidden |= breach.cure is Cure.MOVE_COUNTS
 
 
 def _finding(subject: Subject, batch: Batch, breach: Breach, index: int, guest: int) -> Finding:

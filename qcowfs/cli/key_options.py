@@ -26,9 +26,20 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
         "image of that file name or path; may be repeated",
     )  # fmt: skip
     group.add_argument(
-        "--key-fd", type=int, metavar="N",
+        "--key-fd", type=_open_descriptor, metavar="N",
         help="the passphrase is what can be read from file descriptor N up to its end",
     )  # fmt: skip
+
+
+def _open_descriptor(word: str) -> int:
+    """A descriptor that is open when the program starts: later the number may be one of its own."""
+    number = int(word)
+    try:
+        os.fstat(number)
+    except (OSError, OverflowError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "no such number"
+        raise argparse.ArgumentTypeError(f"file descriptor {number}: {reason}") from None
+    return number
 
 
 def add_group(parser: argparse.ArgumentParser) -> None:

@@ -41,10 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     log.add_argument("--debug", action="store_true", help="log more than anyone wants to read")
 
 
+def _number_of_owner(word: str) -> int:
+    """A user or group as a number; the largest means none."""
+    number = int(word)
+    if not 0 <= number < (1 << 32) - 1:
+        raise argparse.ArgumentTypeError(f"{number} is outside 0..{(1 << 32) - 2}")
+    return number
+
+
 def _add_showing(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--allow-other", action="store_true", help="let other users in, as --mode says")
-    group.add_argument("--uid", type=int, default=os.getuid(), help="owner of the files (default: you)")
-    group.add_argument("--gid", type=int, default=os.getgid(), help="group of the files (default: yours)")
+    for name, own, whose in (("--uid", os.getuid(), "owner"), ("--gid", os.getgid(), "group")):
+        words = f"{whose} of the files (default: {'you' if whose == 'owner' else 'yours'})"
+        group.add_argument(name, type=_number_of_owner, default=own, help=words)
     group.add_argument(
         "--mode", type=_mode, default=0o600, help="permission bits of the files in octal (default 600)"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ from qcowfs.host.hostfile import run_in_thread
 from qcowfs.text import quoted
 
 log = logging.getLogger(__name__)
+
+_PLAIN_WORDS = os.environ | {"LC_ALL": "C"}
 
 
 class Control:
@@ -136,9 +139,14 @@ def _forget(tell_kernel: Callable[[], None]) -> None:
 
 
 def sync_pages(disk: Path) -> None:
-    """Make the kernel hand over what programs wrote through mappings; never from the event loop."""
-    fd = os.open(disk, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    """Make the kernel hand over what programs wrote through mappings; never from the event loop.
+
+    Another process waits for that: a thread of a daemon that is killed meanwhile would wait for ever, and
+    keep the mount and the image's locks alive. Raises `OSError` as the kernel does.
+    """
+    words = ["sync", str(disk)]
+    result = subprocess.run(words, capture_output=True, text=True, check=False, env=_PLAIN_WORDS)
+    if result.returncode:
+        reason = result.stderr.rstrip().rpartition(": ")[2]
+        number = next((n for n in errno.errorcode if os.strerror(n) == reason), errno.EIO)
+        raise OSError(number, reason, str(disk))

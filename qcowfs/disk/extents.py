@@ -209,7 +209,8 @@ async def _counted(image: Image, clusters: int) -> int:
     words, per_block, count = Words(1 << header.refcount_order), geometry.refcounts_per_block, 0
     needed = -(-clusters // per_block)
     for index, entry in enumerate(TABLE_WORDS.unpack(bytes(table))[:needed]):
-        if offset := entry & REFCOUNT_TABLE_OFFSET_MASK:
+        offset = entry & REFCOUNT_TABLE_OFFSET_MASK
+        if 0 < offset < image.file.facts().size:
             block = bytearray(geometry.cluster_size)
             await image.file.read_into([(offset, memoryview(block))])
             values = words.unpack(bytes(block))[: clusters - index * per_block]
