@@ -1,4 +1,4 @@
-"""A check holds a LUKS area to the bounds that opening it has; a descriptor that is not open is wrong usage."""
+"""A check holds a LUKS area to the bounds that opening it has; arguments that no call can use are refused."""
 
 from __future__ import annotations
 
