@@ -90,8 +90,17 @@ def _unescape(field: str) -> str:
 
 def fs_type(mount_point: Path) -> str | None:
     """The type of the topmost file system mounted exactly there, None if nothing is."""
-    where = Path(os.path.realpath(mount_point.parent)) / mount_point.name
+    where = _place_of(mount_point)
     return next((kind for at, kind, _ in reversed(list(mount_table())) if at == where), None)
+
+
+def _place_of(mount_point: Path) -> Path:
+    """Where a mount on this path lies; the mount itself is not asked, since its daemon may be gone."""
+    try:
+        mount_point.readlink()
+    except OSError:  # no link
+        return Path(os.path.realpath(mount_point.parent)) / mount_point.name
+    return Path(os.path.realpath(mount_point))
 
 
 def unmount(mount_point: Path, *, lazy: bool = False) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e import records
 from tests.e2e.mounts import Daemon, in_background, is_mounted
-from tests.e2e.tools import KIB, QCOWFS, TIMEOUT, as_raw, create, qemu_img, raw_file
+from tests.e2e.tools import KIB, QCOWFS, TIMEOUT, as_raw, create, qemu_img, raw_file, until
 from tests.e2e.writes import assert_leaks_at_most, assert_sound
 
 SIZE = records.PLACES * records.SIZE
@@ -109,4 +109,23 @@ def test_what_was_synced_survives_a_kill_whatever_has_to_be_copied(
             with file.open("rb") as disk:
                 disk.seek(records.place(last) * records.SIZE)
                 assert records.number_in(disk.read(records.SIZE)) == last
+    assert_leaks_at_most(image)
+
+
+SNAPSHOTS = """cd "$1" && while touch snapshots/$$.raw && echo x | dd of=disk.raw conv=notrunc status=none
+do rm snapshots/$$.raw || exit; done"""
+
+
+def test_a_kill_while_snapshots_are_taken_frees_the_image(tmp_path: Path) -> None:
+    """The kernel's pages are written back before each; nothing of the daemon may wait for that for ever."""
+    image, folder = create(tmp_path / "image.qcow2", 1 << 20), tmp_path / "here"
+    for _ in range(5):
+        with in_background(folder, *QCOWFS, "mount", image, folder) as daemon:
+            words = ["sh", "-c", SNAPSHOTS, "sh", str(folder)]
+            with subprocess.Popen(words, stderr=subprocess.DEVNULL) as changer:
+                before = image.stat().st_mtime_ns
+                until(lambda before=before: image.stat().st_mtime_ns > before)  # type: ignore[misc]
+                signal.pidfd_send_signal(daemon.process, signal.SIGKILL)
+                daemon.wait()
+                changer.wait(TIMEOUT)
     assert_leaks_at_most(image)

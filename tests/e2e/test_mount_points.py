@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.mounts import in_background, mounted, refusal
+from tests.e2e.mounts import in_background, is_mounted, mounted, refusal
 from tests.e2e.tools import MIB, QCOWFS, Word, attempt, create, qcowfs
 
 ODD_NAMES = [
@@ -130,3 +130,13 @@ def test_a_call_without_a_command_prints_and_mounts_nothing(words: list[str]) ->
     result = qcowfs(*words)
     assert result.returncode == (0 if words else 2)
     assert result.stdout.startswith("qcowfs 0" if words else "usage: qcowfs ")
+
+
+def test_a_link_to_a_folder_stands_for_the_folder(image: Path, tmp_path: Path) -> None:
+    folder, link = tmp_path / "here", tmp_path / "link"
+    link.symlink_to(folder)
+    with in_background(folder, *QCOWFS, "mount", image, link) as daemon:
+        assert qcowfs("mount", image, link).returncode == 2
+        assert qcowfs("umount", link).returncode == 0
+        assert not is_mounted(folder)
+        daemon.wait()
