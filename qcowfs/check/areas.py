@@ -17,7 +17,7 @@ from qcowfs.format.bitmaps import BitmapDirectory, BitmapEntry, unpack_directory
 from qcowfs.format.entries import OFFSET_MASK
 from qcowfs.format.features import Autoclear
 from qcowfs.format.header import CRYPT_LUKS
-from qcowfs.format.luks import HEADER_SIZE, LuksHeader, unpack_pointer
+from qcowfs.format.luks import HEADER_SIZE, STRIPES, LuksHeader, unpack_pointer
 from qcowfs.format.snapshot_table import (
     FIXED_SIZE,
     MAX_TABLE_BYTES,
@@ -124,6 +124,9 @@ async def claim_luks(subject: Subject) -> None:
         if subject.claim(offset, length, LUKS, owner):
             luks = LuksHeader.unpack(await load_bytes(subject.file, offset, min(length, HEADER_SIZE)))
             luks.check(length)
+            for number, slot in enumerate(luks.slots):
+                if slot.stripes != STRIPES:  # opening overlooks it where the slot is empty, QEMU does not
+                    subject.error(f"key slot {number} has {slot.stripes} stripes, not {STRIPES}", owner)
     except CorruptImage as error:
         subject.hide(str(error), owner)
 

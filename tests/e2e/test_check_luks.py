@@ -9,12 +9,17 @@ import pytest
 
 from tests.e2e.tools import create, qcowfs
 
-STRIPES, ITERATIONS, PLACE = 44, 4, 40
+STRIPES, ITERATIONS, PLACE, SLOT = 44, 4, 40, 48
 
 
 @pytest.mark.parametrize(
     ("field", "value", "rule"),
-    [(STRIPES, 1, "stripes"), (ITERATIONS, 0xFFFFFFFF, "iterations"), (PLACE, 0, "overlaps the header")],
+    [
+        (STRIPES, 1, "stripes"),
+        (STRIPES + 5 * SLOT, 4001, "key slot 5 has 4001 stripes"),
+        (ITERATIONS, 0xFFFFFFFF, "iterations"),
+        (PLACE, 0, "overlaps the header"),
+    ],
 )
 def test_a_luks_area_that_cannot_be_opened_is_not_called_sound(
     encrypted_images: dict[str, Path], tmp_path: Path, field: int, value: int, rule: str
