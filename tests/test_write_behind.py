@@ -1,9 +1,11 @@
-"""The host is told to begin writing long runs out, and nothing else."""
+"""The host is told to begin writing long runs out, and the disk to empty its cache; nothing else."""
 
 from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from qcowfs.host import syscalls
 from qcowfs.host.hostfile import OsHostFile
-from qcowfs.host.write_behind import CHUNK, WriteBehind
+from qcowfs.host.write_behind import CHUNK, SYNC_EVERY, WriteBehind
 
 STEP = 1 << 20
 
@@ -116,3 +118,53 @@ def test_nothing_is_begun_where_nobody_will_sync(told: Told) -> None:
     behind.note(0, 2 * CHUNK)
     behind.close()
     assert told.ranges == []
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The descriptors that were synced."""
+    found: list[int] = []
+    real = os.fdatasync
+
+    def note(fd: int) -> None:
+        found.append(fd)
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", note)
+    return found
+
+
+def note_until(behind: WriteBehind, wanted: Callable[[], object]) -> int:
+    """Note a long run, chunk after chunk, until something has come of it; the bytes noted."""
+    deadline = time.monotonic() + 60
+    noted = 0
+    while not wanted():
+        assert time.monotonic() < deadline
+        behind.note(noted, CHUNK)
+        noted += CHUNK
+    return noted
+
+
+def test_the_disk_is_told_now_and_then_by_a_descriptor_of_its_own(synced: list[int], tmp_path: Path) -> None:
+    """A failure that it met would else not be told to whoever syncs by the file's."""
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    try:
+        behind = WriteBehind(fd)
+        noted = note_until(behind, lambda: synced)
+        assert noted >= SYNC_EVERY
+        other = synced[0]
+        assert other != fd
+        assert os.path.sameopenfile(fd, other)
+        behind.close()
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(other)
+        os.fstat(fd)
+    finally:
+        os.close(fd)
+
+
+def test_where_no_second_descriptor_is_to_be_had_runs_are_begun_all_the_same(told: Told) -> None:
+    behind = WriteBehind(-1)
+    note_until(behind, lambda: sum(length for _, _, length in told.ranges) > 2 * SYNC_EVERY)
+    behind.close()
+    assert all(fd == -1 for fd, _, _ in told.ranges)

@@ -1,18 +1,23 @@
 """Long runs of data sent to the disk while more are still coming, so that the sync at their end is short.
 
-Owns when the host is told to begin writing its page cache out, and the thread that tells it. Must not know
-what is written. It only starts what the host would do by itself later; nothing is on disk before a sync.
+Owns when the host is told to begin writing its page cache out, and the disk its own, and the thread that
+tells them. Must not know what is written. It only starts what would be done later; nobody may take anything
+to be on disk before a sync of his own.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 from qcowfs.host import syscalls
 
 CHUNK = 8 << 20
 """Bytes written close to each other before the host is told: enough for the disk to be busy with."""
+SYNC_EVERY = 32 << 20
+"""Bytes after which the disk is told to empty its cache, which else takes as long as the writing did."""
 _SPARSEST = 2
 """How much larger than what was written the range may be: random writes may well come again."""
 
@@ -28,6 +33,8 @@ class WriteBehind:
         self._pool: ThreadPoolExecutor | None = None
         self._started: Future[None] | None = None
         self._stopped = False
+        self._other_fd: int | None = None
+        self._unsynced = 0
 
     def note(self, offset: int, length: int) -> None:
         """Note that bytes were written; may be called from any thread, and never waits for the disk."""
@@ -46,9 +53,25 @@ class WriteBehind:
     def _begin(self, start: int, length: int) -> None:
         self._pool = self._pool or ThreadPoolExecutor(1, "write-behind")
         try:
-            self._started = self._pool.submit(syscalls.begin_writing, self._fd, start, length)
+            self._started = self._pool.submit(self._send, start, length)
         except RuntimeError:  # no thread is to be had; the host writes all the same, only later
             self._stopped = True
+
+    def _send(self, start: int, length: int) -> None:
+        """In the thread: have a range written out, and now and then all."""
+        syscalls.begin_writing(self._fd, start, length)
+        self._unsynced += length
+        if self._unsynced < SYNC_EVERY:
+            return
+        self._unsynced = 0
+        with suppress(OSError):
+            self._sync()
+
+    def _sync(self) -> None:
+        """Sync by a descriptor of its own: a failure is then told to the next who syncs by another, too."""
+        if self._other_fd is None:
+            self._other_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+        os.fdatasync(self._other_fd)
 
     def stop(self) -> None:
         """Leave all that is written from now on to the host."""
@@ -58,3 +81,6 @@ class WriteBehind:
         """Wait until the thread no longer uses the descriptor."""
         if self._pool is not None:
             self._pool.shutdown()
+        if self._other_fd is not None:
+            os.close(self._other_fd)
+            self._other_fd = None
