@@ -277,3 +277,14 @@ async def test_a_flush_that_waits_can_be_cancelled_and_repeated() -> None:
     await image.aclose()
     assert bytes(file.data[word(file.data, place_of_entry(file.data, 0)) & OFFSET_MASK :][:C]) == b"x" * C
     assert (await check(file)).is_clean
+
+
+async def test_a_flush_that_need_not_wait_lets_no_other_task_run() -> None:
+    """Then the request for it is answered where it arrives."""
+    image = await open_file(MemoryHostFile(make(EMPTY).files[DISK]))
+    writer = writer_of(image)
+    await writer.write(0, b"x" * C)
+    with pytest.raises(StopIteration):
+        writer.flush().send(None)
+    assert not writer.is_dirty
+    await image.aclose()

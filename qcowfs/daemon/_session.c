@@ -20,7 +20,7 @@
 enum { MOST_IN_A_ROW = 64, MUCH = 1 << 18 };
 static const long LONGEST_WAIT_NS = 100000; /* for the next request: about as long as waking up would take */
 static const long LONGEST_ROW_NS = 2000000; /* then the scheduler gets its turn */
-enum { INTERFACE = 2 };                     /* goes up with every change that shim.py has to know of */
+enum { INTERFACE = 3 };                     /* goes up with every change that shim.py has to know of */
 enum { LONGEST_SLEEP_MS = 2 };              /* in wait for a request, while nothing else waits for anything */
 
 typedef struct fuse_session *new_session(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, void *);
@@ -28,7 +28,7 @@ typedef struct fuse_session *new_session_versioned(
     struct fuse_args *, const struct fuse_lowlevel_ops *, size_t, void *, void *);
 
 static struct fuse_lowlevel_ops pyfuse3_ops;
-static PyObject *on_read, *on_write, *on_fallocate, *on_lseek;
+static PyObject *on_read, *on_write, *on_fsync, *on_flush, *on_fallocate, *on_lseek;
 static bool answered;  /* the last request was, at once, by a handler of ours */
 static int under_way;  /* requests of others that wait for something: the scheduler is needed */
 static long patience = LONGEST_WAIT_NS;
@@ -142,6 +142,28 @@ static void session_write(
     answered = true;
 }
 
+/* Whether the handler answered by itself; else pyfuse3's goes on with it. */
+static bool answer_sync(fuse_req_t req, PyObject *handler, PyObject *result) {
+    bool later;
+    long long answer = number(handler, result, &later);
+    if (later)
+        return false;
+    fuse_reply_err(req, (int)-answer);
+    return answered = true;
+}
+
+static void session_fsync(fuse_req_t req, fuse_ino_t ino, int datasync, struct fuse_file_info *fi) {
+    end_write_permit(); /* what was written has to be told before */
+    if (!answer_sync(req, on_fsync, PyObject_CallFunction(on_fsync, "Ki", (unsigned long long)fi->fh, datasync)))
+        pyfuse3_ops.fsync(req, ino, datasync, fi);
+}
+
+static void session_flush(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi) {
+    end_write_permit();
+    if (!answer_sync(req, on_flush, PyObject_CallFunction(on_flush, "K", (unsigned long long)fi->fh)))
+        pyfuse3_ops.flush(req, ino, fi);
+}
+
 /* -- requests that pyfuse3 does not know: answered later, by `reply_error` or `reply_offset` */
 
 static const char *REQUEST = "qcowfs.request";
@@ -242,6 +264,8 @@ static size_t extended(const struct fuse_lowlevel_ops *ops, size_t size, struct 
     ours->init = session_init;
     ours->read = session_read;
     ours->write_buf = session_write;
+    ours->fsync = session_fsync;
+    ours->flush = session_flush;
     ours->fallocate = session_fallocate;
     ours->lseek = session_lseek;
     return sizeof *ours;
@@ -337,12 +361,12 @@ void fuse_session_process_buf(struct fuse_session *session, const struct fuse_bu
 
 static PyObject *set_handlers(PyObject *self, PyObject *args) {
     (void)self;
-    PyObject *read, *write, *written, *fallocate, *lseek;
-    if (!PyArg_ParseTuple(args, "OOOOO", &read, &write, &written, &fallocate, &lseek))
+    PyObject *read, *write, *written, *fsync, *flush, *fallocate, *lseek;
+    if (!PyArg_ParseTuple(args, "OOOOOOO", &read, &write, &written, &fsync, &flush, &fallocate, &lseek))
         return NULL;
     Py_INCREF(args); /* keeps them all, for as long as the process may serve */
     set_listener(written);
-    on_read = read, on_write = write, on_fallocate = fallocate, on_lseek = lseek;
+    on_read = read, on_write = write, on_fsync = fsync, on_flush = flush, on_fallocate = fallocate, on_lseek = lseek;
     Py_RETURN_NONE;
 }
 

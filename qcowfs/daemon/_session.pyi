@@ -9,6 +9,8 @@ def set_handlers(
     read: Callable[[int, int, int], memoryview | bytes | int | None],
     write: Callable[[int, int, memoryview], int | None],
     written: Callable[[int, int, int, int], None],
+    fsync: Callable[[int, int], int | None],
+    flush: Callable[[int], int | None],
     fallocate: Callable[[Request, int, int, int, int], Any],
     lseek: Callable[[Request, int, int, int, int], Any],
     /,

@@ -66,8 +66,9 @@ class DirectOperations(ChangingOperations):
         self._nursery = nursery
         self._session = session
         session.set_handlers(
-            self.begin_read, self.begin_write, self.note_written, self.begin_fallocate, self.begin_lseek
-        )
+            self.begin_read, self.begin_write, self.note_written, self.begin_fsync, self.begin_flush,
+            self.begin_fallocate, self.begin_lseek,
+        )  # fmt: skip
         self._begun: Begun[Any] | None = None
         self._quick = memoryview(self._buffers.take())
 
@@ -117,6 +118,18 @@ class DirectOperations(ChangingOperations):
         self._begun = Begun(coroutine, wait)
         return None
 
+    def begin_fsync(self, fh: int, datasync: int) -> int | None:
+        """0, a negative errno, or None if pyfuse3's handler has to wait for the disk."""
+        return self._begin_sync(super().fsync(fh, bool(datasync)))
+
+    def begin_flush(self, fh: int) -> int | None:
+        """As `begin_fsync`, for a descriptor that is closed."""
+        return self._begin_sync(super().flush(fh))
+
+    def _begin_sync(self, work: Coroutine[Any, Any, None]) -> int | None:
+        answer: int | None = self._begin(work)
+        return 0 if answer is None and self._begun is None else answer
+
     def begin_fallocate(self, request: Request, inode: int, mode: int, off: int, length: int) -> None:
         """Answer a fallocate request, later."""
         self._nursery.start_soon(self._answer, request, self.fallocate(inode, mode, off, length))
@@ -146,6 +159,14 @@ class DirectOperations(ChangingOperations):
     async def write(self, fh: int, off: int, buf: bytes | memoryview) -> int:
         """Go on with the write that was begun."""
         return await self._finish(super().write(fh, off, buf))
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """Go on with the sync that was begun."""
+        await self._finish(super().fsync(fh, datasync))
+
+    async def flush(self, fh: int) -> None:
+        """Go on with the sync that was begun."""
+        await self._finish(super().flush(fh))
 
     async def _finish(self, anew: Coroutine[Any, Any, T]) -> T:
         """Finish what was begun just now, else run the handler from its start."""

@@ -11,7 +11,7 @@ import os
 import sys
 from types import ModuleType
 
-INTERFACE = 2
+INTERFACE = 3
 """What the compiled part has to be like; one that an older version left behind is as good as none."""
 
 

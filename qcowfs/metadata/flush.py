@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -79,12 +80,12 @@ class Flusher:
 
         Raises `OSError` as the host does; what may not have reached the disk is then dirty again.
         """
-        async with self._lock:
+        async with self._turn():
             await self._flush_captured()
 
     async def flush_all(self) -> None:
         """Flush until nothing is left, not even clusters to be freed."""
-        async with self._lock:
+        async with self._turn():
             for _ in range(_MOST_PASSES):
                 if not self.is_dirty:
                     return
@@ -92,9 +93,21 @@ class Flusher:
 
     async def write_tables_back(self) -> None:
         """Flush until no table differs from the disk; what readers still use may wait to be freed."""
-        async with self._lock:
+        async with self._turn():
             while self._unsynced or any(cache.dirty_bytes for cache in (self._blocks, *self._tables)):
                 await self._flush_captured()
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Hold the lock; unlike its own way, that lets no other task run where it is free."""
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     async def _flush_captured(self) -> None:
         """One pass down the chain with what is dirty as of now."""
