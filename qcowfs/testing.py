@@ -51,6 +51,8 @@ class MemoryHostFile:
         self._bad_writes: list[tuple[range, int]] = []
         self.fail_next_syncs = 0
         self.log: list[Write | Sync] = []
+        self.is_quick = False
+        """Whether writes are done at once, as by a host's page cache, rather than by the general way."""
 
     def fail_reads(self, start: int, length: int, error: int = errno.EIO) -> None:
         """Make every read that touches the range end with that errno."""
@@ -95,8 +97,10 @@ class MemoryHostFile:
         return [stretch for stretch in stretches if stretch[0] < stretch[1]]
 
     def write_now(self, offset: int, data: bytes | memoryview) -> bool:
-        """Never: so that every write takes the general way."""
-        return False
+        """Write the whole buffer if the file `is_quick`; whether it was written."""
+        if self.is_quick:
+            self._write(offset, data)
+        return self.is_quick
 
     def descriptor_now(self) -> int | None:
         """None: there is none."""
@@ -108,12 +112,15 @@ class MemoryHostFile:
     async def write_from(self, requests: Sequence[WriteRequest]) -> None:
         """Write every buffer, growing the file; each is one entry of the log."""
         for offset, data in requests:
-            wanted = range(offset, offset + len(data))
-            self._fail(self._bad_writes, wanted)
-            if len(self.data) < offset:
-                self.data += bytes(offset - len(self.data))
-            self.data[offset : offset + len(data)] = data
-            self.log.append(Write(offset, bytes(data)))
+            self._write(offset, data)
+
+    def _write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        wanted = range(offset, offset + len(data))
+        self._fail(self._bad_writes, wanted)
+        if len(self.data) < offset:
+            self.data += bytes(offset - len(self.data))
+        self.data[offset : offset + len(data)] = data
+        self.log.append(Write(offset, bytes(data)))
 
     async def find_next(self, offset: int, *, data: bool) -> int | None:
         """All of the file is data."""

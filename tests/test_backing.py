@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,7 +84,7 @@ class Device(MemoryHostFile):
     """A file in memory that looks like a device."""
 
     def facts(self) -> FileFacts:
-        return replace(super().facts(), regular=False)
+        return super().facts()._replace(regular=False)
 
 
 def test_a_device_is_refused_and_closed() -> None:

@@ -21,6 +21,8 @@ QEMU_JUDGES = (1, 20, 37)
 SHAPES = {
     "plain": Shape(),
     "empty": Shape(filled=False),
+    "empty, clusters of 512": Shape(cluster_size=512, filled=False, refcount_bits=64),
+    "empty, clusters of 4096": Shape(cluster_size=4096, filled=False, refcount_bits=1),
     "snapshot": Shape(snapshot=True),
     "backing": Shape(base=300_001),
     "long backing": Shape(base=1 << 20, snapshot=True),

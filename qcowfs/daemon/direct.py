@@ -88,9 +88,16 @@ class DirectOperations(ChangingOperations):
 
     def begin_write(self, fh: int, off: int, data: memoryview) -> int | None:
         """How many bytes were written, a negative errno, or None if pyfuse3's handler has to wait."""
-        answer = self._begin(super().write(fh, off, data))
         node = self._handles.get(fh)
-        if answer is not None and answer > 0 and node is not None and node.writer is not None:
+        if node is None or node.writer is None or off + len(data) > node.view.size:
+            return self._begin(super().write(fh, off, data))
+        try:
+            done = node.writer.write_now(off, data)
+        except OSError:
+            done = False  # answered, and logged, below
+        answer = len(data) if done else self._begin(super().write_waiting(fh, off, data))
+        if answer is not None and answer > 0:
+            node.written_ns = time.time_ns()
             self._permit(self._session.permit_writes, fh, node.writer)
         return answer
 

@@ -254,14 +254,24 @@ class Operations(Refusals):
     async def write(self, fh: int, off: int, buf: bytes | memoryview) -> int:
         """Write guest bytes; short only at the end of the disk, beyond it ENOSPC as on a block device."""
         node = self._handles[fh]
+        length = min(len(buf), node.view.size - off)
+        if node.writer is not None and length > 0 and node.writer.write_now(off, buf[:length]):
+            node.written_ns = time.time_ns()
+            return length
+        return await self._write(node, off, buf)
+
+    @answers
+    async def write_waiting(self, fh: int, off: int, buf: bytes | memoryview) -> int:
+        """As `write`, of bytes that are known to take waiting."""
+        return await self._write(self._handles[fh], off, buf)
+
+    async def _write(self, node: DiskFile, off: int, buf: bytes | memoryview) -> int:
         if node.writer is None:
             raise pyfuse3.FUSEError(errno.EROFS)
         length = min(len(buf), node.view.size - off)
         if length <= 0:
             raise pyfuse3.FUSEError(errno.ENOSPC)
-        data = buf if length == len(buf) else buf[:length]
-        if not node.writer.write_now(off, data):
-            await node.writer.write(off, data)
+        await node.writer.write(off, buf if length == len(buf) else buf[:length])
         node.written_ns = time.time_ns()
         return length
 

@@ -67,13 +67,40 @@ class Writer:
         """Guest clusters that got a host cluster, less those that lost theirs."""
 
     def write_now(self, guest: GuestOffset, data: bytes | memoryview) -> bool:
-        """Write bytes that lie in one cluster of our own, if that takes no waiting; whether it was done."""
-        start = self._places.known.get(guest >> self._geometry.cluster_bits)
+        """Write bytes that lie in one cluster, our own or a new one, if that takes no waiting.
+
+        Whether it was done. Raises `OSError` as the host does.
+        """
+        cluster = guest >> self._geometry.cluster_bits
         within = guest & (self._geometry.cluster_size - 1)
-        if start is None or within + len(data) > self._geometry.cluster_size:
+        if within + len(data) > self._geometry.cluster_size:
+            return False
+        start = self._places.known.get(cluster)
+        if start is None:
+            if self._linker.is_unallocated(guest):
+                return self._write_new_now(guest, data)
+            start = self._places.find(cluster)
+        if start is None:
             return False
         self._to.flusher.note_write()
         return self._to.data.write_now(guest, start + within, data)
+
+    def _write_new_now(self, guest: GuestOffset, data: bytes | memoryview) -> bool:
+        """Write to a new cluster behind the end of the file, if nothing else need be written with it."""
+        to, cluster = self._to, guest >> self._geometry.cluster_bits
+        if to.has_backing or to.external or to.data.encrypted or not self._locks.is_free(cluster):
+            return False
+        if to.flusher.dirty_bytes > MOST_DIRTY_BYTES:
+            return False
+        host = to.refcounts.next_fresh(to.data.facts().size)
+        if host is None or not to.data.write_now(guest, host + self._geometry.in_cluster(guest), data):
+            return False
+        to.refcounts.take_next()
+        to.flusher.note_write()
+        self._linker.link_run(guest, host, 1)
+        self.linked += 1
+        self._places.note(cluster, host)
+        return True
 
     def in_place(self) -> InPlace | None:
         """Where clusters of our own may be overwritten past this writer, until the next await."""

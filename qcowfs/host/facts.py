@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class FileFacts:
+class FileFacts(NamedTuple):
     """What a status call tells of a host file: sizes in bytes, time in nanoseconds since 1970."""
 
     size: int

@@ -111,6 +111,9 @@ class Flusher:
 
     async def _flush_captured(self) -> None:
         """One pass down the chain with what is dirty as of now."""
+        if not self.dirty_bytes and not self._refcounts.is_changed:
+            await self._sync_data()
+            return
         blocks = self._blocks.take_dirty()
         change = self._refcounts.take_change()
         tables = [(cache, cache.take_dirty()) for cache in self._tables]
@@ -138,6 +141,15 @@ class Flusher:
                 self._refcounts.unprotect(old)
                 dropped.append((self._epochs.current, old))
         await self._free(dropped)
+
+    async def _sync_data(self) -> None:
+        """The whole pass where no table is dirty."""
+        unsynced, self._unsynced = self._unsynced, False
+        try:
+            await self._write_counts(Batch({}), None, sync=unsynced)
+        except BaseException:
+            self._unsynced = True
+            raise
 
     async def _write_counts(self, blocks: Batch, change: TableChange | None, *, sync: bool) -> None:
         if blocks:

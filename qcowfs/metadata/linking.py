@@ -139,6 +139,11 @@ class Linker:
         self._tables.l2.mark_dirty(place, words)
         self._mapping.forget(guest)
 
+    def is_unallocated(self, guest: GuestOffset) -> bool:
+        """Whether the guest offset's standard entry is in memory, in a table of ours, and 0."""
+        found = None if self._geometry.extended_l2 else self._find_slice(guest)
+        return found is not None and not found[0][found[1]]
+
     def count_unallocated(self, guest: GuestOffset, most: int) -> int:
         """How many standard entries from the guest offset's on, within its slice, are 0."""
         if self._geometry.extended_l2:

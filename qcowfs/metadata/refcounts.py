@@ -201,6 +201,32 @@ class Refcounts:
                 self._hint = max(self._hint, cluster + run)
             return cluster * self._cluster_size, run
 
+    def next_fresh(self, start: HostOffset) -> HostOffset | None:
+        """The next cluster to be allocated, if it lies at `start` or beyond and its count is in memory.
+
+        None leaves it to `allocate`, whatever the reason; `take_next` takes it.
+        """
+        cluster = self._hint
+        offset = cluster * self._cluster_size
+        words, index, _ = self._find_now(cluster)
+        if words is None or words[index] or offset < start:
+            return None
+        return None if offset >> MAX_HOST_OFFSET_BITS or self._metadata.overlaps(offset, 1) else offset
+
+    def take_next(self) -> None:
+        """Allocate what `next_fresh` has just found."""
+        words, index, place = self._find_now(self._hint)
+        if words is None:
+            raise LookupError("nothing was found")
+        words[index] = 1
+        self._blocks.mark_dirty(place, words)
+        self._hint += 1
+
+    def _find_now(self, cluster: int) -> tuple[array[int] | None, int, HostOffset]:
+        """As `_load`, without waiting; no slice where there is none in memory."""
+        place, index = self._find(cluster) if self._block_of(cluster) else (0, 0)
+        return self._blocks.get(place) if place else None, index, place
+
     def _refuse_metadata(self, cluster: int) -> None:
         offset = cluster * self._cluster_size
         if self._metadata.overlaps(offset, 1):
@@ -298,6 +324,11 @@ class Refcounts:
             blocks = needed
 
     # -- for the flush
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether something of the table is not on disk."""
+        return bool(self._dirty_entries or self._old_tables)
 
     def take_change(self) -> TableChange | None:
         """What of the table is not on disk, as of now; None if nothing."""
