@@ -6,6 +6,7 @@ where it goes in `targets`.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -156,7 +157,8 @@ async def _make_encrypt(file: OsHostFile, form: Creation, passphrase: bytes | No
 
 def _copier(source: Source, target: Target, report: Report | None) -> Callable[[Piece], None]:
     """The function by which one worker copies pieces, with a buffer of its own."""
-    buffer = memoryview(bytearray(target.most))
+    # Page aligned: the kernel copies to and from any other by half as slowly again.
+    buffer = memoryview(mmap.mmap(-1, target.most))
 
     def copy(piece: Piece) -> None:
         target.take(piece, buffer[: piece.length], source)
