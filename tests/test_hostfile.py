@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qcowfs.errors import UsageError
-from qcowfs.host.hostfile import OsHostFile, run_in_thread
+from qcowfs.host.hostfile import OsHostFile
 from tests.asserting import raises_exactly
 
 CONTENT = bytes(range(256)) * 40
@@ -150,8 +149,3 @@ def test_closing_twice_closes_once(file: OsHostFile) -> None:
 
 def test_the_descriptor_is_not_inherited_by_programs(file: OsHostFile) -> None:
     assert not os.get_inheritable(file.fd)
-
-
-async def test_functions_run_in_another_thread() -> None:
-    assert await run_in_thread(threading.get_ident) != threading.get_ident()
-    assert await run_in_thread(divmod, 7, 2) == (3, 1)

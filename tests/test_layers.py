@@ -190,9 +190,9 @@ def test_nobody_imports_parts_of_os() -> None:
     assert set(froms) == set()
 
 
-def test_only_the_door_to_the_host_starts_threads() -> None:
+def test_only_one_module_starts_threads() -> None:
     users = {m.dotted for m in MODULES if any(u.startswith("trio.to_thread") for u in dotted_uses(m))}
-    assert {name for name in users if not name.startswith("qcowfs.daemon.")} == {"qcowfs.host.hostfile"}
+    assert {name for name in users if not name.startswith("qcowfs.daemon.")} == {"qcowfs.host.waiting"}
 
 
 # -- sizes

@@ -18,7 +18,7 @@ from qcowfs.check.trees import Trees
 from qcowfs.check.walk import report
 from qcowfs.codecs.compression import Inflater, inflater
 from qcowfs.errors import CorruptImage
-from qcowfs.host.hostfile import run_in_thread
+from qcowfs.host.waiting import run_in_thread
 
 _PIECE = 256
 """Clusters that one thread inflates at a time."""

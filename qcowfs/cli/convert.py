@@ -61,12 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Copy the disk."""
-    import trio
+    from qcowfs.host.waiting import run_blocking
 
-    from qcowfs.cli.exits import raise_single
-
-    with raise_single():
-        trio.run(_convert, args)
+    run_blocking(_convert, args)
     return 0
 
 

@@ -6,7 +6,6 @@ Owns handlers and formats. Must not know what is logged.
 from __future__ import annotations
 
 import logging
-import logging.handlers
 import os
 import stat
 from pathlib import Path
@@ -36,7 +35,9 @@ def configure(*, debug: bool = False, log_file: Path | None = None, background: 
         handlers.append(logging.FileHandler(log_file))
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     elif background and not _stays_open(2) and _SYSTEM_LOG.exists():
-        handlers.append(logging.handlers.SysLogHandler(str(_SYSTEM_LOG)))
+        from logging.handlers import SysLogHandler  # loads sockets, which no short command needs
+
+        handlers.append(SysLogHandler(str(_SYSTEM_LOG)))
         handlers[1].setFormatter(logging.Formatter(f"qcowfs[{os.getpid()}]: %(message)s"))
     plain = logging.Formatter("qcowfs: %(message)s")
     handlers[0].setFormatter(JournalFormatter() if "JOURNAL_STREAM" in os.environ else plain)

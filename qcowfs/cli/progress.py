@@ -6,7 +6,6 @@ Owns when and how it is shown. Must not know what is done. All of it goes to sta
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import threading
 import time
@@ -59,6 +58,8 @@ class _Latest:
 
 
 def _print_json(done: int, total: int) -> None:
+    import json
+
     record = {"done": done, "total": total, "percent": round(100 * done / total, 1) if total else 100.0}
     print(json.dumps({"progress": record}), file=sys.stderr, flush=True)
 

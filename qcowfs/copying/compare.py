@@ -11,15 +11,13 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import trio
-
 from qcowfs.copying.direct import Layer, layers_of
 from qcowfs.copying.workers import Turns, Workers
 from qcowfs.data.zeros import first_data, first_difference
 from qcowfs.disk.disks import Disk
 from qcowfs.disk.extents import DiskExtent, disk_extents
 from qcowfs.errors import CorruptImage
-from qcowfs.host.hostfile import run_in_loop
+from qcowfs.host.waiting import checkpoint, run_in_loop
 
 _PIECE = 1 << 19
 """Bytes of a range: both sides stay in the processor's cache until they are compared."""
@@ -105,7 +103,7 @@ async def _together(
             if head is not None and head.start + head.length == end:
                 heads[index] = await anext(walks[index], None)
         position = end
-        await trio.lowlevel.checkpoint()
+        await checkpoint()
 
 
 async def may_differ(first: Disk, second: Disk) -> AsyncIterator[tuple[int, int]]:

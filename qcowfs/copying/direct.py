@@ -16,7 +16,8 @@ from qcowfs.disk.extents import DiskExtent
 from qcowfs.disk.image import Image
 from qcowfs.errors import CorruptImage
 from qcowfs.geometry import GuestOffset, HostOffset
-from qcowfs.host.hostfile import OsHostFile, run_in_loop
+from qcowfs.host.hostfile import OsHostFile
+from qcowfs.host.waiting import run_in_loop
 from qcowfs.metadata.mapping import COMPRESSED_KIND, Extent
 
 _DENSEST = 2

@@ -16,7 +16,8 @@ from qcowfs.data.zeros import is_zero
 from qcowfs.disk.disks import Disk
 from qcowfs.disk.extents import DiskExtent, disk_extents
 from qcowfs.geometry import GuestOffset, HostOffset
-from qcowfs.host.hostfile import OsHostFile, run_in_loop
+from qcowfs.host.hostfile import OsHostFile
+from qcowfs.host.waiting import run_in_loop
 
 Range = tuple[GuestOffset, GuestOffset]
 """Guest bytes: where they start and end."""

@@ -13,9 +13,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
 
-import trio
-
-from qcowfs.host.hostfile import run_in_thread
+from qcowfs.host.interrupts import raise_interrupt
+from qcowfs.host.waiting import run_in_thread, threads_beside
 
 T = TypeVar("T")
 _WAITING = 64
@@ -68,24 +67,18 @@ class Workers(Generic[T]):
 
     async def run(self, pieces: AsyncIterator[T]) -> None:
         """Return when every piece is done; raises what the first failing thread raised."""
-        async with trio.open_nursery() as nursery:
-            for _ in range(self._count):
-                nursery.start_soon(run_in_thread, self._work)
-            try:
-                waiting: deque[T | None] = deque()
-                async for piece in pieces:
-                    waiting.append(piece)
-                    self._put_some(waiting)
-                    if len(waiting) >= _TOGETHER:
-                        await run_in_thread(self._put_all, waiting)
-                    if self._off:
-                        break
-                waiting.extend([None] * self._count)
+        async with threads_beside(self._count, self._work, self._call_off):
+            waiting: deque[T | None] = deque()
+            async for piece in pieces:
+                waiting.append(piece)
                 self._put_some(waiting)
-                await run_in_thread(self._put_all, waiting)
-            except BaseException:
-                self._call_off()
-                raise
+                if len(waiting) >= _TOGETHER:
+                    await run_in_thread(self._put_all, waiting)
+                if self._off:
+                    break
+            waiting.extend([None] * self._count)
+            self._put_some(waiting)
+            await run_in_thread(self._put_all, waiting)
         if self._failure:
             raise self._failure[0]
 
@@ -120,6 +113,7 @@ class Workers(Generic[T]):
             try:
                 do = do or self._make()
                 do(piece)
+                raise_interrupt()
             except BaseException as error:
                 if not isinstance(error, CalledOff):
                     self._failure.append(error)

@@ -19,8 +19,9 @@ from qcowfs.format.entries import COPIED, ZERO
 from qcowfs.format.header import Header
 from qcowfs.format.words import TABLE_WORDS, Words
 from qcowfs.geometry import SECTOR_SIZE, TABLE_ENTRY_SIZE, Geometry, HostOffset
-from qcowfs.host.hostfile import OsHostFile, run_in_thread
+from qcowfs.host.hostfile import OsHostFile
 from qcowfs.host.newfile import new_file
+from qcowfs.host.waiting import run_in_thread
 
 if TYPE_CHECKING:
     from qcowfs.codecs.luks_keys import LuksVolume

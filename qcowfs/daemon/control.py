@@ -23,7 +23,7 @@ from qcowfs.disk import states
 from qcowfs.disk.image import Image
 from qcowfs.errors import ImageInUse
 from qcowfs.format.snapshot_table import Snapshot
-from qcowfs.host.hostfile import run_in_thread
+from qcowfs.host.waiting import run_in_thread
 from qcowfs.text import quoted
 
 log = logging.getLogger(__name__)

@@ -27,8 +27,8 @@ from qcowfs.daemon.tree import DISK_NAME, Tree
 from qcowfs.daemon.write_back import serve_under_memory_pressure, write_back_when_idle
 from qcowfs.disk.image import Image, OpenOptions
 from qcowfs.errors import MountError, QcowError
-from qcowfs.host.hostfile import run_in_thread
 from qcowfs.host.syscalls import keep_freed_memory
+from qcowfs.host.waiting import run_in_thread
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-import trio
-
 from qcowfs.data.sector_locks import SectorLocks
 from qcowfs.errors import CorruptImage
 from qcowfs.geometry import (
@@ -25,7 +23,8 @@ from qcowfs.geometry import (
     whole_sectors,
 )
 from qcowfs.host.facts import FileFacts
-from qcowfs.host.hostfile import HostFile, run_in_thread
+from qcowfs.host.hostfile import HostFile
+from qcowfs.host.waiting import new_limiter, run_in_thread
 
 if TYPE_CHECKING:
     from qcowfs.codecs.encryption import SectorCipher
@@ -130,7 +129,7 @@ class EncryptedData:
         self._cipher = cipher
         self._by_guest = by_guest
         self._locks = SectorLocks()
-        self._limiter = trio.CapacityLimiter(1)
+        self._limiter = new_limiter(1)
         """One thread at a time: two would only take the interpreter from each other at every step."""
 
     def facts(self) -> FileFacts:

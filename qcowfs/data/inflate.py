@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-
-import trio
+from functools import partial
 
 from qcowfs.codecs.compression import inflater
 from qcowfs.errors import CorruptImage
 from qcowfs.geometry import Geometry
-from qcowfs.host.hostfile import HostFile, run_in_thread
+from qcowfs.host.hostfile import HostFile
+from qcowfs.host.waiting import Event, new_event, run_all, run_in_thread
 from qcowfs.metadata.lru import BoundedStore
 
 DEFAULT_CACHE_BYTES = 16 << 20
@@ -45,7 +45,7 @@ class InflatedClusters:
         self._size = geometry.cluster_size
         self._inflate = inflater(compression_type)
         self._store = store
-        self._loading: dict[Stored, trio.Event] = {}
+        self._loading: dict[Stored, Event] = {}
         self._threads = os.cpu_count() or 1
         self._under_way = 0
         self._spare: list[bytearray] = []
@@ -86,7 +86,7 @@ class InflatedClusters:
         """Inflate what nobody is inflating yet, then wait for what others were."""
         others = [stored for stored in missing if stored in self._loading]
         own = [stored for stored in missing if stored not in self._loading]
-        loaded = trio.Event()
+        loaded = new_event()
         self._loading.update(dict.fromkeys(own, loaded))
         try:
             if own:
@@ -126,9 +126,7 @@ class InflatedClusters:
         if share == len(pieces):
             await work(pieces)
             return results
-        async with trio.open_nursery() as nursery:
-            for start in range(0, len(pieces), share):
-                nursery.start_soon(work, pieces[start : start + share])
+        await run_all([partial(work, pieces[at : at + share]) for at in range(0, len(pieces), share)])
         return results
 
     async def _read(self, wanted: list[Stored], buffers: list[bytearray]) -> list[Piece]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import trio
+from qcowfs.host.waiting import Event, new_event
 
 Range = tuple[int, int]
 """Where bytes start and end."""
@@ -21,7 +21,7 @@ class Use:
 
     ranges: Sequence[Range]
     shared: bool
-    over: trio.Event = field(default_factory=trio.Event)
+    over: Event = field(default_factory=new_event)
 
     def excludes(self, ranges: Sequence[Range], *, shared: bool) -> bool:
         """Whether another use of these ranges has to wait for the end of this one."""

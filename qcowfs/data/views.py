@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-import trio
-
 from qcowfs.data.backing import GuestReader
 from qcowfs.data.guest_data import DataPort, DataRead
 from qcowfs.data.in_place import InPlace
 from qcowfs.data.inflate import InflatedClusters, Parts
 from qcowfs.errors import CorruptImage, SnapshotGone
 from qcowfs.geometry import Geometry
+from qcowfs.host.waiting import checkpoint
 from qcowfs.metadata.epochs import ReadEpochs
 from qcowfs.metadata.mapping import COMPRESSED_KIND, DATA, LOST, UNALLOCATED, ZERO_KIND, Extent, Mapping
 from qcowfs.metadata.usage import Usage
@@ -212,7 +211,7 @@ class ImageView:
                 if found is not None:
                     return found
             guest += window
-            await trio.lowlevel.checkpoint()
+            await checkpoint()
         return None
 
     async def _resolve_safely(self, guest: int, length: int) -> list[Extent]:

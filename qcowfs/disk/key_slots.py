@@ -23,7 +23,8 @@ from qcowfs.disk.unlocking import LuksArea, load_area, unlock_area
 from qcowfs.errors import UnsupportedFeature, UsageError
 from qcowfs.format.header import CRYPT_LUKS
 from qcowfs.format.luks import MOST_ROUNDS, REMOVAL_ITERATIONS, SLOTS, SWITCH_SIZE, KeySlot, slot_position
-from qcowfs.host.hostfile import HostFile, run_in_thread
+from qcowfs.host.hostfile import HostFile
+from qcowfs.host.waiting import run_in_thread
 
 _OVERWRITES = 3
 """How often key material is overwritten before its slot is given up."""

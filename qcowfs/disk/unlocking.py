@@ -16,7 +16,8 @@ from qcowfs.errors import BadPassphrase, CorruptImage, QcowError, UnsupportedFea
 from qcowfs.format import extensions as ext
 from qcowfs.format.header import CRYPT_AES, CRYPT_LUKS, CRYPT_NAMES, Header
 from qcowfs.format.luks import HEADER_SIZE, MOST_ROUNDS, LuksHeader, unpack_pointer
-from qcowfs.host.hostfile import HostFile, run_in_thread
+from qcowfs.host.hostfile import HostFile
+from qcowfs.host.waiting import run_in_thread
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from qcowfs.errors import ImageInUse, UsageError
 from qcowfs.host import locks, syscalls
-from qcowfs.host.hostfile import OsHostFile, run_in_thread
+from qcowfs.host.hostfile import OsHostFile
+from qcowfs.host.waiting import run_in_thread
 from qcowfs.text import printable
 
 _CANNOT_ZERO = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV, errno.ENOSYS)

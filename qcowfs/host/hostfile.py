@@ -15,16 +15,15 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
-
-import trio
 
 from qcowfs.errors import UsageError
 from qcowfs.host import syscalls
 from qcowfs.host.batches import batches
 from qcowfs.host.facts import FileFacts, facts_of
+from qcowfs.host.waiting import run_in_thread
 from qcowfs.host.write_behind import WriteBehind
 
 log = logging.getLogger(__name__)
@@ -380,18 +379,6 @@ class OsHostFile:
             self._write_behind.close()
             os.close(self._fd)
             self._fd = -1
-
-
-async def run_in_thread(
-    function: Callable[..., T], *args: object, limiter: trio.CapacityLimiter | None = None
-) -> T:
-    """Run a blocking or long-computing function in a worker thread, as soon as the limiter has one free."""
-    return await trio.to_thread.run_sync(function, *args, limiter=limiter)
-
-
-def run_in_loop(function: Callable[..., Awaitable[T]], *args: object) -> T:
-    """From a function that `run_in_thread` runs: await something in the event loop."""
-    return trio.from_thread.run(function, *args)
 
 
 def _kind_of(mode: int) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -88,7 +87,7 @@ def _create(path: Path) -> tuple[OsHostFile, Path | None]:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name[:_LONGEST_PART]}.{secrets.token_hex(6)}.part")
+    return path.with_name(f".{path.name[:_LONGEST_PART]}.{os.urandom(6).hex()}.part")
 
 
 def _publish(file: OsHostFile, temporary: Path | None, path: Path, replaced: OsHostFile | None) -> None:

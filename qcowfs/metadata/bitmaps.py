@@ -12,8 +12,6 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import trio
-
 from qcowfs.errors import CorruptImage
 from qcowfs.format import extensions as ext
 from qcowfs.format.bitmaps import (
@@ -31,6 +29,7 @@ from qcowfs.format.features import Autoclear
 from qcowfs.format.header import Header
 from qcowfs.format.words import TABLE_WORDS
 from qcowfs.host.hostfile import HostFile
+from qcowfs.host.waiting import new_lock
 from qcowfs.metadata.flush import Flusher
 from qcowfs.metadata.granules import Granules
 from qcowfs.metadata.metadata_map import MetadataMap
@@ -148,7 +147,7 @@ class KeptBitmaps:
         self._directory_offset = 0
         self._kept: list[_Kept] = []
         self._answer: bool | None = None
-        self._lock = trio.Lock()
+        self._lock = new_lock()
 
     @property
     def keeps_any(self) -> bool:

@@ -11,12 +11,11 @@ from array import array
 from dataclasses import dataclass
 from itertools import count
 
-import trio
-
 from qcowfs.errors import CorruptImage
 from qcowfs.format.words import Words
 from qcowfs.geometry import Geometry
 from qcowfs.host.hostfile import HostFile
+from qcowfs.host.waiting import Event, new_event
 from qcowfs.metadata.lru import BoundedStore
 
 DEFAULT_CACHE_BYTES = 32 << 20
@@ -52,7 +51,7 @@ class TableCache:
         self._geometry = geometry
         self._store = store
         self._words = words
-        self._loading: dict[int, trio.Event] = {}
+        self._loading: dict[int, Event] = {}
         self._dirty: dict[int, array[int]] = {}
         self._written: dict[int, array[int]] = {}
         self._fresh: set[int] = set()
@@ -77,7 +76,7 @@ class TableCache:
         found = self.get(offset)
         if found is not None:
             return found
-        self._loading[offset] = trio.Event()
+        self._loading[offset] = new_event()
         try:
             found = await self._read(offset)
             self._keep(offset, found)

@@ -14,10 +14,9 @@ import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-import trio
-
 from qcowfs.errors import CorruptImage
 from qcowfs.host.hostfile import HostFile, WriteRequest
+from qcowfs.host.waiting import new_lock
 from qcowfs.metadata.cache import Batch, TableCache
 from qcowfs.metadata.epochs import ReadEpochs
 from qcowfs.metadata.refcounts import Refcounts, TableChange
@@ -46,7 +45,7 @@ class Flusher:
         self._refcounts = refcounts
         self._blocks, *self._tables = caches
         self._epochs = epochs
-        self._lock = trio.Lock()
+        self._lock = new_lock()
         self._dropped: list[Dropped] = []
         self._unsynced = False
 
@@ -100,10 +99,10 @@ class Flusher:
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
         """Hold the lock; unlike its own way, that lets no other task run where it is free."""
-        try:
-            self._lock.acquire_nowait()
-        except trio.WouldBlock:
+        if self._lock.locked():
             await self._lock.acquire()
+        else:
+            self._lock.acquire_nowait()
         try:
             yield
         finally:

@@ -11,13 +11,12 @@ from array import array
 from bisect import bisect_left
 from collections.abc import AsyncIterator, Iterator
 
-import trio
-
 from qcowfs.format.entries import OFFSET_MASK
 from qcowfs.format.header import Header
 from qcowfs.format.words import TABLE_WORDS
 from qcowfs.geometry import TABLE_ENTRY_SIZE, GuestOffset, HostOffset
 from qcowfs.host.hostfile import HostFile
+from qcowfs.host.waiting import checkpoint
 from qcowfs.metadata.mapping import LOST, UNALLOCATED
 from qcowfs.metadata.runs import Run, runs_of_entries
 
@@ -80,7 +79,7 @@ class TableWalk:
 
     async def _load_chunk(self, chunk: int) -> list[Run]:
         if self._chunk[0] != chunk:
-            await trio.lowlevel.checkpoint()
+            await checkpoint()
             self._chunk = (chunk, list(await self._decode_chunk(chunk)))
         return self._chunk[1]
 

@@ -10,11 +10,10 @@ import sys
 from array import array
 from dataclasses import dataclass
 
-import trio
-
 from qcowfs.format.entries import OFFSET_MASK, ZERO
 from qcowfs.geometry import TABLE_ENTRY_SIZE, Geometry
 from qcowfs.host.hostfile import HostFile
+from qcowfs.host.waiting import checkpoint
 
 _CHUNK = 1 << 20
 _SMALL_TABLES = 256
@@ -45,7 +44,7 @@ class Usage:
             tables = await self._l2_tables(start)
             for first in range(0, len(tables), most):
                 clusters += await self._count(tables[first : first + most])
-                await trio.lowlevel.checkpoint()
+                await checkpoint()
         return clusters * self.geometry.cluster_size
 
     async def _l2_tables(self, start: int) -> list[int]:

@@ -1,0 +1,41 @@
+"""Interrupts (Ctrl-C) of a command that blocks: noted when they come, raised where it can be stopped.
+
+Owns the handler of SIGINT meanwhile. An exception in the middle of anything would leave locks behind.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_noted = threading.Event()
+
+
+@contextmanager
+def interrupts_noted() -> Iterator[None]:
+    """Note interrupts that Python would raise at once; not outside the main thread, which gets them."""
+    usual = signal.default_int_handler
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not usual:
+        yield
+        return
+    _noted.clear()
+    signal.signal(signal.SIGINT, _note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def _note(_number: int, _frame: FrameType | None) -> None:
+    _noted.set()
+
+
+def raise_interrupt() -> None:
+    """Raise `KeyboardInterrupt`, once, if there was one. For any thread."""
+    if _noted.is_set():
+        _noted.clear()
+        raise KeyboardInterrupt
