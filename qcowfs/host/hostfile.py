@@ -23,6 +23,7 @@ from qcowfs.errors import UsageError
 from qcowfs.host import syscalls
 from qcowfs.host.batches import batches
 from qcowfs.host.facts import FileFacts, facts_of
+from qcowfs.host.reserving import Reserver
 from qcowfs.host.waiting import run_in_thread
 from qcowfs.host.write_behind import WriteBehind
 
@@ -115,6 +116,7 @@ class OsHostFile:
         self._write_behind = WriteBehind(fd)
         self._writers = threading.Semaphore(_WRITERS)
         self._copying = threading.Lock()
+        self._reserver: Reserver | None = None
         self._punch: Callable[[int, int, int], None] | None = syscalls.punch_hole
 
     @classmethod
@@ -323,11 +325,17 @@ class OsHostFile:
         """Have nothing written out early, as nobody will sync."""
         self._write_behind.stop()
 
+    def expect_growth(self) -> None:
+        """Set blocks aside for long writes that follow, if the host is quicker then."""
+        self._reserver = Reserver(self._fd)
+
     def write_here(self, offset: int, parts: Sequence[memoryview]) -> None:
         """Write the parts one after the other from `offset` on, waiting for the host."""
         for some in batches(parts):
             length = sum(map(len, some))
             with self._writers:
+                if self._reserver is not None:
+                    self._reserver.reserve(offset, length)
                 done = os.pwritev(self._fd, some, offset)
                 self._unsynced += done
                 self._write_behind.note(offset, done)

@@ -34,6 +34,7 @@ async def new_file(path: Path, *, force: bool = False, sync: bool = True) -> Asy
     replaced = _open_replaced(path, force=force)
     try:
         file, temporary = _create(path)
+        file.expect_growth()
         synced = sync or replaced is not None
         if not synced:
             file.leave_to_host()

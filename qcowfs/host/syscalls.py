@@ -30,7 +30,15 @@ def _library() -> Any:  # noqa: ANN401 - the C library's functions have no types
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
     """Make a range of the file a hole. Raises `OSError` where the file system has none."""
-    mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+    _fallocate(fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, length)
+
+
+def reserve(fd: int, offset: int, length: int) -> None:
+    """Set blocks aside for a range, also past the end of the file. Raises `OSError` as the host does."""
+    _fallocate(fd, _FALLOC_FL_KEEP_SIZE, offset, length)
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     if _library().fallocate(fd, mode, offset, length):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

@@ -14,7 +14,7 @@ import trio
 from qcowfs.copying import convert as converting
 from qcowfs.creation.form import Creation
 from qcowfs.disk.disks import open_disk
-from tests.e2e.tools import run
+from tests.e2e.tools import QCOWFS, run
 
 SIZE = (5 << 20) + 512
 
@@ -81,3 +81,37 @@ def test_a_copy_is_the_same_where_the_host_copies_all_some_or_nothing(
     run("qemu-img", "check", target)
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", source, other)
     assert target.stat().st_size <= other.stat().st_size
+
+
+@pytest.fixture(params=["ext4", "xfs", "btrfs"])
+def file_system(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system of that kind."""
+    folder, disk = tmp_path / "there", tmp_path / "there.disk"
+    folder.mkdir()
+    disk.touch()
+    os.truncate(disk, 320 << 20)
+    run(f"mkfs.{request.param}", "-q", disk)
+    run("mount", "-o", "loop", disk, folder)
+    yield folder
+    run("umount", folder)
+
+
+def test_long_runs_take_the_space_that_they_need_and_no_more(file_system: Path) -> None:
+    """Some file systems have blocks set aside for them first."""
+    source = file_system / "source.raw"
+    source.touch()
+    chance, runs = random.Random(7), [(0, 5 << 20), (9 << 20, 3 << 20), (21 << 20, 4096)]
+    with source.open("rb+") as file:
+        for start, length in runs:
+            file.seek(start)
+            file.write(chance.randbytes(length))
+        file.truncate(30 << 20)
+    run(*QCOWFS, "convert", "--format", "raw", "-O", "qcow2", source, file_system / "a.qcow2")
+    run(*QCOWFS, "convert", "-O", "raw", file_system / "a.qcow2", file_system / "b.raw")
+    run("qemu-img", "compare", "-f", "qcow2", "-F", "raw", file_system / "a.qcow2", source)
+    run("cmp", file_system / "b.raw", source)
+    run("sync", "-f", file_system)
+    stored = sum(length for _, length in runs)
+    for name in ("a.qcow2", "b.raw"):
+        status = (file_system / name).stat()
+        assert stored <= status.st_blocks * 512 <= stored + (1 << 20), name
