@@ -210,6 +210,17 @@ async def test_data_over_metadata_is_found_even_where_the_counts_agree(which: st
     assert not any(line.startswith(f"host offset {host:#x}: refcount") for line in errors)
 
 
+async def test_a_block_beyond_all_files_is_named_by_its_place() -> None:
+    data = image(BIG)
+    table, offset = word(data, 48), 1 << 63 | 1 << 20
+    poke_word(data, table + 8, offset)
+    report = await check(MemoryHostFile(bytes(data)))
+    where = f"host offset {offset:#x}, entry at {table + 8:#x} ({offset:#x})"
+    assert [line for line in report.errors if "refcount block" in line] == [
+        f"refcount table, {where}: the refcount block lies past the end of the file"
+    ]
+
+
 async def test_an_l2_table_on_other_metadata_is_no_table() -> None:
     data = image()
     poke_word(data, word(data, 40), COPIED | word(data, 48))

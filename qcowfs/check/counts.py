@@ -43,7 +43,7 @@ def _judge_entries(subject: Subject, table: U64) -> None:
     """Count a reference to each block; those that break a rule lose their place."""
     seen: set[int] = set()
     for index in np.flatnonzero(table).tolist():
-        offset = int(subject.block_offsets[index])
+        offset = int(table[index]) & REFCOUNT_TABLE_OFFSET_MASK
         place = subject.header.refcount_table_offset + index * 8
         if table[index] & _RESERVED:
             subject.broken_blocks += 1
@@ -60,7 +60,7 @@ def _judge(subject: Subject, offset: int, seen: set[int]) -> str:
     """Count a block and say which rule it breaks."""
     if not subject.geometry.is_cluster_aligned(offset):
         return "the refcount block is not cluster aligned"
-    if offset and (offset < 0 or subject.is_past_end(offset, subject.geometry.cluster_size)):
+    if subject.is_past_end(offset, subject.geometry.cluster_size):
         return "the refcount block lies past the end of the file"
     cluster = offset >> subject.bits
     if offset and subject.owners[cluster] == UNCLAIMED:

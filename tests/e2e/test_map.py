@@ -7,7 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.tools import KIB, MIB, SECTOR, create, l2_entry_at, poke_word, qcowfs, qemu_img, qemu_io
+from tests.e2e.tools import (
+    KIB,
+    MIB,
+    SECTOR,
+    create,
+    l2_entry_at,
+    poke_word,
+    qcowfs,
+    qemu_img,
+    qemu_io,
+    word,
+)
 
 
 @pytest.fixture
@@ -65,3 +76,15 @@ def test_damage_is_shown_and_told(tmp_path: Path) -> None:
     assert "1 extents are damaged" in result.stderr
     assert json.loads(result.stdout)[0]["damage"] == "L2 entry: cluster offset 0x600 is not cluster aligned"
     assert "damaged" in qcowfs("map", image).stdout
+
+
+def test_a_refcount_block_beyond_all_files_is_nothing_to_a_map(tmp_path: Path) -> None:
+    """Counts tell only whether the file may have holes in its data."""
+    image = create(tmp_path / "x.qcow2", MIB)
+    qemu_io(image, "write -q 0 64k")
+    expected = json.loads(qemu_img("map", "--output=json", image))
+    poke_word(image, word(image, 48), 1 << 63 | 1 << 20)
+    result = qcowfs("map", "--json", image)
+    ours = json.loads(result.stdout)
+    assert [extent.pop("compressed") for extent in ours] == [False] * len(ours)
+    assert (result.returncode, ours, result.stderr) == (0, expected, "")
