@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qcowfs.cli import creation_options, key_options, progress, source_options
 from qcowfs.errors import UsageError
+
+if TYPE_CHECKING:
+    from qcowfs.disk.image import OpenOptions
 
 _SUFFIXES = {".qcow2": "qcow2", ".qcow": "qcow2"}
 
@@ -63,11 +67,11 @@ def run(args: argparse.Namespace) -> int:
     """Copy the disk."""
     from qcowfs.host.waiting import run_blocking
 
-    run_blocking(_convert, args)
+    run_blocking(_convert, args, source_options.open_options(args))
     return 0
 
 
-async def _convert(args: argparse.Namespace) -> None:
+async def _convert(args: argparse.Namespace, options: OpenOptions) -> None:
     from contextlib import AsyncExitStack
 
     from qcowfs.copying.convert import Copying, convert
@@ -80,7 +84,6 @@ async def _convert(args: argparse.Namespace) -> None:
         named = "-o" if args.fields else "-B" if args.backing else "--encrypt"
         raise UsageError(f"{named}: raw files have no options; add -O qcow2")
     image = creation_options.from_fields(args.fields, **asked) if form == "qcow2" else None
-    options = source_options.open_options(args)
     encrypted = image is not None and image.encryption is not None
     copying = Copying(
         image=image,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qcowfs.errors import UsageError
+from qcowfs.host.interrupts import interrupts_raised
 
 if TYPE_CHECKING:
     from qcowfs.disk.keys import Keys
@@ -105,6 +106,7 @@ def ask(label: str) -> bytes | None:
     except OSError:
         return None
     try:
-        return os.fsencode(getpass.getpass(f"Passphrase of {label}: "))
+        with interrupts_raised():
+            return os.fsencode(getpass.getpass(f"Passphrase of {label}: "))
     except EOFError:
         return None

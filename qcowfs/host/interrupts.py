@@ -30,6 +30,23 @@ def interrupts_noted() -> Iterator[None]:
         signal.signal(signal.SIGINT, usual)
 
 
+@contextmanager
+def interrupts_raised() -> Iterator[None]:
+    """Let an interrupt end a wait for somebody who may never come, as if nobody noted it."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not _note
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        raise_interrupt()
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _note)
+
+
 def _note(_number: int, _frame: FrameType | None) -> None:
     _noted.set()
 

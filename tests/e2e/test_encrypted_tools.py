@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,19 @@ from qcowfs.errors import BadPassphrase
 from tests.e2e.encrypted import PASSPHRASE, Locked, locked
 from tests.e2e.mounts import mounted
 from tests.e2e.test_encryption import spoken
-from tests.e2e.tools import KIB, MIB, QCOWFS, Word, assert_same, create, qcowfs, qemu_info, raw_file, run
+from tests.e2e.tools import (
+    KIB,
+    MIB,
+    QCOWFS,
+    Word,
+    assert_same,
+    create,
+    qcowfs,
+    qemu_info,
+    raw_file,
+    run,
+    until,
+)
 from tests.e2e.writes import write_to_both
 
 SIZE = 3 * MIB + 5 * 512
@@ -161,6 +174,33 @@ def test_the_terminal_is_asked_twice_for_a_new_passphrase(same: bool, tmp_path: 
 
 
 # -- convert
+
+
+@pytest.mark.parametrize("words", [(), ("--encrypt", "luks")], ids=["of the source", "of the copy"])
+def test_an_interrupt_ends_the_question_for_a_passphrase(words: tuple[str, ...], tmp_path: Path) -> None:
+    source = raw_file(tmp_path / "a.raw", SIZE, "a") if words else locked(tmp_path, "a", SIZE).image
+    pid, terminal = pty.fork()
+    if pid == 0:
+        command = [*QCOWFS, "convert", *words, str(source), str(tmp_path / "copy.qcow2")]
+        os.execv(sys.executable, command)  # noqa: S606 - the child of a fork
+    spoken(terminal, b": ")
+    os.write(terminal, b"\x03")
+    status: list[int] = []
+
+    def has_ended() -> bool:
+        ended, how = os.waitpid(pid, os.WNOHANG)
+        status.extend([how] if ended else [])
+        return bool(ended)
+
+    try:
+        until(has_ended)
+    finally:
+        if not status:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status[0]) == 130
+    os.close(terminal)
+    assert not (tmp_path / "copy.qcow2").exists()
 
 
 def filled(folder: Path, name: str = "a", kind: str = "luks") -> tuple[Locked, Path]:
