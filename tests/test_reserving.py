@@ -39,6 +39,14 @@ def test_a_file_system_is_known_by_its_device() -> None:
     assert kind_of_file_system(os.makedev(4095, 4095)) == ""
 
 
+def test_names_of_other_mounts_are_no_matter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    listed = tmp_path / "mounts"
+    odd = "30 1 0:9 / /odd\x0c\x1c\x85\u2028name rw - tmpfs none rw\n"
+    listed.write_text(odd + "31 1 8:1 / / rw shared:1 - ext4 /dev/a rw\n")
+    monkeypatch.setattr(reserving, "_MOUNTS", listed)
+    assert kind_of_file_system(os.makedev(8, 1)) == "ext4"
+
+
 def test_where_no_mounts_are_listed_nothing_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(reserving, "_MOUNTS", tmp_path / "missing")
     assert kind_of_file_system(tmp_path.stat().st_dev) == ""

@@ -230,3 +230,39 @@ def test_copying_loads_no_event_loop(tmp_path: Path) -> None:
     loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
     assert "qcowfs.copying.convert" in loaded
     assert not {name for name in loaded if name.partition(".")[0] in ("trio", "numpy", "logging.handlers")}
+
+
+@pytest.mark.parametrize("number", [2, 300])
+def test_many_interrupts_at_once_are_one(number: int) -> None:
+    async def main() -> None:
+        for _ in range(number):
+            interrupt()
+        await checkpoint()
+
+    with pytest.raises(KeyboardInterrupt):
+        run_blocking(main)
+
+
+def test_where_no_thread_is_to_be_had_the_others_are_called_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[threading.Thread] = []
+    enough, real = threading.Event(), threading.Thread.start
+
+    def work() -> None:
+        enough.wait(60)
+
+    def start(thread: threading.Thread) -> None:
+        if len(begun) == 2:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        real(thread)
+
+    async def main() -> None:
+        async with threads_beside(3, work, enough.set):
+            raise AssertionError("never reached")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(OSError, match="no more threads are to be had"):
+        run_blocking(main)
+    assert [thread.is_alive() for thread in begun] == [False, False]

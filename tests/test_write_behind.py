@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -168,3 +169,28 @@ def test_where_no_second_descriptor_is_to_be_had_runs_are_begun_all_the_same(tol
     note_until(behind, lambda: sum(length for _, _, length in told.ranges) > 2 * SYNC_EVERY)
     behind.close()
     assert all(fd == -1 for fd, _, _ in told.ranges)
+
+
+async def test_a_failure_behind_is_final(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where only the disk's cache could not be emptied, nobody else would hear of it."""
+    (tmp_path / "file").touch()
+    file = OsHostFile.open(tmp_path / "file", writable=True)
+    failed: list[int] = []
+    real = os.fdatasync
+
+    def fail_behind(fd: int) -> None:
+        if fd == file.fd:
+            real(fd)
+        else:
+            failed.append(fd)
+            raise OSError(errno.EIO, "the disk's cache")
+
+    monkeypatch.setattr(os, "fdatasync", fail_behind)
+    deadline = time.monotonic() + 60
+    while not failed:
+        assert time.monotonic() < deadline
+        await file.write_from([(0, bytes(CHUNK))])
+    for why in ("Input/output error", "an earlier sync failed"):
+        with pytest.raises(OSError, match=why):
+            await file.sync()
+    file.close()

@@ -76,6 +76,16 @@ async def test_a_cluster_that_was_used_before_is_left_to_others() -> None:
     await assert_clean(image, file)
 
 
+@pytest.mark.parametrize(("guest", "data"), [(5 * C, b""), (EMPTY.size, b""), (EMPTY.size, b"x"), (-1, b"x")])
+async def test_nothing_and_what_lies_beyond_the_disk_are_left_to_others(guest: int, data: bytes) -> None:
+    """A cluster that nothing is written to would be named where the file has no bytes."""
+    image, file = await opened()
+    written = len(file.log)
+    assert not writer_of(image).write_now(guest, data)
+    assert len(file.log) == written
+    await assert_clean(image, file)
+
+
 async def test_where_the_host_is_slow_nothing_changes() -> None:
     image, file = await opened()
     file.is_quick = False

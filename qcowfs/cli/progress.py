@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 Report = Callable[[int, int], None]
 """Called with the bytes done and all bytes there are to do; from any thread, in any order."""
@@ -54,7 +54,8 @@ class _Latest:
             self._furthest = done
             if now >= self._next or done >= total:
                 self._next = now + _PAUSE
-                self._update(done, total)
+                with suppress(BrokenPipeError):  # nobody looks any more, which is no reason to stop
+                    self._update(done, total)
 
 
 def _print_json(done: int, total: int) -> None:

@@ -37,6 +37,7 @@ from qcowfs.host.hostfile import OsHostFile
 from qcowfs.host.newfile import new_file
 from qcowfs.text import printable
 
+_MOST_THREADS = 64
 Report = Callable[[int, int], None]
 """Called now and then with the bytes done and all bytes there are to do."""
 
@@ -82,8 +83,8 @@ class Copying:
 
     @property
     def workers(self) -> int:
-        """How many threads copy."""
-        return self.threads or os.cpu_count() or 1
+        """How many threads copy; more than the most would only hold memory."""
+        return min(self.threads or os.cpu_count() or 1, _MOST_THREADS)
 
 
 async def convert(

@@ -61,7 +61,7 @@ class Workers(Generic[T]):
         self._count = count
         self._make = make
         self._turns = turns
-        self._queue: queue.Queue[T | None] = queue.Queue(_WAITING)
+        self._queue: queue.Queue[T | None] = queue.Queue(max(_WAITING, count))
         self._failure: list[BaseException] = []
         self._off = False
 

@@ -92,7 +92,8 @@ class Writer:
             return False
         if to.flusher.dirty_bytes > MOST_DIRTY_BYTES:
             return False
-        host = to.refcounts.next_fresh(to.data.facts().size)
+        facts = to.data.facts()
+        host = to.refcounts.next_fresh(facts.size) if facts.regular else None
         if host is None or not to.data.write_now(guest, host + self._geometry.in_cluster(guest), data):
             return False
         to.refcounts.take_next()

@@ -67,8 +67,8 @@ class DiskWriter:
         return self._prepared and not self._incompatible & _CORRUPT and self._gate.is_open
 
     def write_now(self, guest: int, data: bytes | memoryview) -> bool:
-        """Write bytes within the disk in place if that takes no waiting; False leaves it to `write`."""
-        if not self._may_write_now:
+        """Write bytes if that takes no waiting; False leaves it to `write`, as it does what that refuses."""
+        if not self._may_write_now or not 0 <= guest < guest + len(data) <= self._parts.view.size:
             return False
         if self._detect is not DetectZeroes.OFF and is_zero(data):
             return False

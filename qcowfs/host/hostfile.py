@@ -291,20 +291,24 @@ class OsHostFile:
         would succeed without it. Where the last sync was quick and little was written since, a thread
         would cost more than it.
         """
-        quick = self._last_sync < QUICK_SYNC and self._unsynced <= LITTLE
+        quick = self._last_sync < QUICK_SYNC and self._unsynced <= LITTLE and not self._write_behind.is_busy
         self._unsynced = 0
         start = time.monotonic()
         if self._sync_error:
             raise OSError(self._sync_error, LOST_BY_SYNC, self.name)
         try:
             if quick:
-                os.fdatasync(self._fd)
+                self._sync_blocking()
             else:
-                await run_in_thread(os.fdatasync, self._fd)
+                await run_in_thread(self._sync_blocking)
         except OSError as error:
             self._sync_error = error.errno or errno.EIO
             raise
         self._last_sync = time.monotonic() - start
+
+    def _sync_blocking(self) -> None:
+        self._write_behind.settle()
+        os.fdatasync(self._fd)
 
     @property
     def lies_elsewhere(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_noted = threading.Event()
+_noted = False
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def interrupts_noted() -> Iterator[None]:
     if not main or signal.getsignal(signal.SIGINT) is not usual:
         yield
         return
-    _noted.clear()
+    _set_noted(yes=False)
     signal.signal(signal.SIGINT, _note)
     try:
         yield
@@ -48,11 +48,17 @@ def interrupts_raised() -> Iterator[None]:
 
 
 def _note(_number: int, _frame: FrameType | None) -> None:
-    _noted.set()
+    _set_noted(yes=True)
+
+
+def _set_noted(*, yes: bool) -> None:
+    """One assignment: a lock would be held already where one interrupt comes within another."""
+    global _noted  # noqa: PLW0603 - signals belong to the process
+    _noted = yes
 
 
 def raise_interrupt() -> None:
     """Raise `KeyboardInterrupt`, once, if there was one. For any thread."""
-    if _noted.is_set():
-        _noted.clear()
+    if _noted:
+        _set_noted(yes=False)
         raise KeyboardInterrupt

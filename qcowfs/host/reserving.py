@@ -39,11 +39,11 @@ def kind_of_file_system(device: int) -> str:
     """What a device is mounted as, empty if that is not known."""
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
-        lines = _MOUNTS.read_text(errors="replace").splitlines()
+        lines = _MOUNTS.read_text(errors="replace").split("\n")  # any other character may be in a name
     except OSError:
         return ""
     for line in lines:
         place, _, kind = line.partition(" - ")
-        if place.split(" ", 3)[2] == number:
+        if place.split(" ", 3)[2:3] == [number]:
             return kind.partition(" ")[0]
     return ""

@@ -8,6 +8,7 @@ engine together. Must not know what is waited for.
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -178,16 +179,25 @@ async def threads_beside(
             with _called_off(call_off):
                 yield
         return
-    threads = [threading.Thread(target=partial(_work_blocking, work)) for _ in range(count)]
-    for thread in threads:
-        thread.start()
+    threads: list[threading.Thread] = []
     try:
         with _called_off(call_off):
+            for _ in range(count):  # those that began are waited for, whatever becomes of the next
+                threads.append(_start(partial(_work_blocking, work)))  # noqa: PERF401
             yield
     finally:
         with _out_of_turn():
             for thread in threads:
                 thread.join()
+
+
+def _start(work: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=work)
+    try:
+        thread.start()
+    except RuntimeError:
+        raise OSError(errno.EAGAIN, "no more threads are to be had; ask for fewer by --threads") from None
+    return thread
 
 
 @contextmanager

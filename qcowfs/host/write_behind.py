@@ -7,6 +7,7 @@ to be on disk before a sync of his own.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +36,7 @@ class WriteBehind:
         self._stopped = False
         self._other_fd: int | None = None
         self._unsynced = 0
+        self._error = 0
 
     def note(self, offset: int, length: int) -> None:
         """Note that bytes were written; may be called from any thread, and never waits for the disk."""
@@ -46,7 +48,7 @@ class WriteBehind:
             size = self._end - self._start
             if size > _SPARSEST * max(self._written, CHUNK):
                 self._start, self._end, self._written = offset, offset + length, length
-            elif self._written >= CHUNK and (self._started is None or self._started.done()):
+            elif self._written >= CHUNK and not self.is_busy:
                 self._begin(self._start, size)
                 self._start, self._written = self._end, 0
 
@@ -64,14 +66,30 @@ class WriteBehind:
         if self._unsynced < SYNC_EVERY:
             return
         self._unsynced = 0
-        with suppress(OSError):
-            self._sync()
-
-    def _sync(self) -> None:
-        """Sync by a descriptor of its own: a failure is then told to the next who syncs by another, too."""
         if self._other_fd is None:
-            self._other_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
-        os.fdatasync(self._other_fd)
+            with suppress(OSError):
+                self._other_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+        if self._other_fd is not None:
+            self._sync(self._other_fd)
+
+    def _sync(self, fd: int) -> None:
+        """Sync by a descriptor of its own: the host tells a failed write to each of them once."""
+        try:
+            os.fdatasync(fd)
+        except OSError as error:
+            self._error = error.errno or errno.EIO
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the thread has something to do."""
+        return self._started is not None and not self._started.done()
+
+    def settle(self) -> None:
+        """Wait until what was begun is done. Raises `OSError` if a sync ever failed: no other may know."""
+        if self._started is not None:
+            self._started.result()
+        if self._error:
+            raise OSError(self._error, os.strerror(self._error))
 
     def stop(self) -> None:
         """Leave all that is written from now on to the host."""

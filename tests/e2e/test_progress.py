@@ -13,11 +13,13 @@ import pytest
 from tests.e2e.tools import (
     MIB,
     QCOWFS,
+    TIMEOUT,
     create,
     host_offset,
     l2_entry_at,
     poke_word,
     qcowfs,
+    qemu_img,
     qemu_io,
     raw_file,
 )
@@ -134,3 +136,14 @@ def _read(descriptor: int) -> bytes:
 def test_a_pipe_gets_nothing(words: tuple[str, ...], raw: Path, tmp_path: Path) -> None:
     result = qcowfs("convert", *words, raw, tmp_path / "b.raw")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_nobody_who_looks_is_no_reason_to_stop(raw: Path, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    target = tmp_path / "copy.qcow2"
+    command = [*QCOWFS, "convert", "--progress=json", "--format", "raw", str(raw), str(target)]
+    code = subprocess.run(command, stderr=writer, check=False, timeout=TIMEOUT).returncode
+    os.close(writer)
+    assert code == 0
+    qemu_img("compare", "-f", "qcow2", "-F", "raw", target, raw)
