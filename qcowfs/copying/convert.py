@@ -158,7 +158,7 @@ async def _make_encrypt(file: OsHostFile, form: Creation, passphrase: bytes | No
 
 def _copier(source: Source, target: Target, report: Report | None) -> Callable[[Piece], None]:
     """The function by which one worker copies pieces, with a buffer of its own."""
-    # Page aligned: the kernel copies to and from any other by half as slowly again.
+    # Page aligned: to and from any other the kernel takes half as long again to copy.
     buffer = memoryview(mmap.mmap(-1, target.most))
 
     def copy(piece: Piece) -> None:

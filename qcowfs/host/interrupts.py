@@ -7,44 +7,44 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+Handler = Callable[[int, FrameType | None], None]
 _noted = False
 
 
 @contextmanager
 def interrupts_noted() -> Iterator[None]:
     """Note interrupts that Python would raise at once; not outside the main thread, which gets them."""
-    usual = signal.default_int_handler
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not usual:
+    with _handled(_note, instead_of=signal.default_int_handler) as ours:
+        if ours:
+            _set_noted(yes=False)
         yield
-        return
-    _set_noted(yes=False)
-    signal.signal(signal.SIGINT, _note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
 
 
 @contextmanager
 def interrupts_raised() -> Iterator[None]:
     """Let an interrupt end a wait for somebody who may never come, as if nobody noted it."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not _note
-    ):
+    with _handled(signal.default_int_handler, instead_of=_note) as ours:
+        if ours:
+            raise_interrupt()
         yield
+
+
+@contextmanager
+def _handled(handler: Handler, *, instead_of: Handler) -> Iterator[bool]:
+    """Handle interrupts that way, if the other is how they are handled now; whether that is so."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not instead_of:
+        yield False
         return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, handler)
     try:
-        raise_interrupt()
-        yield
+        yield True
     finally:
-        signal.signal(signal.SIGINT, _note)
+        signal.signal(signal.SIGINT, instead_of)
 
 
 def _note(_number: int, _frame: FrameType | None) -> None:
